@@ -1,0 +1,1 @@
+"""Tasks, metrics, baselines, scores and the report."""

@@ -1,0 +1,191 @@
+"""Evaluate a run: held-out windows of every source against every baseline, with two controls that must not win."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sci_evals.baseline import Forecast
+from sci_evals.baselines import forecast_baselines
+from sci_evals.exhibits import Exhibit, make_exhibits
+from sci_evals.metrics import LEVELS
+from sci_evals.report import write_report
+from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, Results, log_results, print_table, write_results
+from sci_evals.scores import QuantileModel, Score, WindowScores, compare, score_baseline, score_quantiles
+from sci_evals.tasks import EvalTask, task_for
+from sci_evals.windowset import WindowSet, WindowShape, read_windows
+from sci_gpt.config import MixtureEntry, PretrainConfig
+from sci_gpt.data.store import Store
+from sci_gpt.errors import CheckpointError, DataError
+from sci_gpt.recipes.load import LoadedModel, load_model
+from sci_gpt.recipes.parts import tokenizer_settings
+from sci_tokenizers.table import make_tokenizer
+
+_CONTROL_WINDOWS = 256
+_SHUFFLED_TRAIN_WINDOWS = 10_000
+_CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Windows of one source and what every baseline scored on them."""
+
+    task: EvalTask
+    test: WindowSet
+    forecasts: dict[str, Forecast]
+    baselines: dict[str, WindowScores]
+
+    def rows(self, models: Mapping[str, WindowScores], *, config: PretrainConfig, index: np.ndarray) -> list[Score]:
+        """Models, scored on the windows `index`, against the baselines on the same windows."""
+        windows = self.test.take(index)
+        return compare(
+            windows,
+            models,
+            baselines={name: scores.take(index) for name, scores in self.baselines.items()},
+            lead_groups=self.task.lead_groups(windows),
+            bootstrap=self.task.bootstrap(windows, config.evaluate),
+        )
+
+
+def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
+    """Score a run, print the table, write `run`/report/{evaluation.json, evaluation.csv, report.html, *.png}, log to
+    MLflow.
+
+    Args:
+        config: of the run: its mixture says which sources and windows, `evaluate` how many.
+        run: the run folder.
+
+    Returns:
+        {"rows": [...], "left_out": {source: reason}, "report": path, "seconds": ...}.
+
+    Raises:
+        CheckpointError: no checkpoint, or one trained on another store.
+        DataError: the store is missing or broken.
+    """
+    begin = time.monotonic()
+    store = Store.open(config.data)
+    loaded = load_matching(run, store)
+    untrained = loaded.untrained()
+    control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
+    rows: list[Score] = []
+    exhibits: list[Exhibit] = []
+    left_out: dict[str, str] = {}
+    for entry in config.mixture:
+        contest, train = open_contest(store, entry, config)
+        if contest is None or train is None:
+            left_out[entry.source] = "no window of its test (or training) split fits; nothing can be said of it"
+            print(f"evaluate {entry.source}: left out: {left_out[entry.source]}", flush=True)
+            continue
+        everything, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
+        scores = score_model(loaded.predictor, contest.test)
+        rows += contest.rows({TRAINED: scores}, config=config, index=everything)
+        scores = score_model(untrained.predictor, contest.test.take(some))
+        rows += contest.rows({UNTRAINED: scores}, config=config, index=some)
+        if control is not None:
+            rows += score_shuffled(contest, train, control=control, config=config)
+        exhibits += make_exhibits(
+            store, contest.test, model=loaded.predictor, forecasts=contest.forecasts, baselines=contest.baselines
+        )
+        print(f"evaluate {entry.source}: done, {time.monotonic() - begin:.0f} s", flush=True)
+    results = Results(
+        run=run, rows=tuple(rows), left_out=left_out, exhibits=tuple(exhibits), manifest=store.manifest, config=config
+    )
+    print_table(results)
+    folder = write_results(results)
+    report = write_report(results, folder)
+    log_results(results, folder)
+    seconds = time.monotonic() - begin
+    print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
+    return {
+        "rows": [asdict(row) for row in rows],
+        "left_out": left_out,
+        "report": str(report),
+        "seconds": round(seconds, 1),
+    }
+
+
+def load_matching(run: Path, store: Store) -> LoadedModel:
+    """A run's model, whose statistics are those of this store.
+
+    Raises:
+        CheckpointError: it was trained on another store.
+    """
+    loaded = load_model(run)
+    if loaded.fingerprint != store.fingerprint:
+        raise CheckpointError(
+            f"{run} was trained on data of fingerprint {loaded.fingerprint[:12]}, the store {str(store.path)!r} has "
+            f"{store.fingerprint[:12]}; its statistics and splits differ: train on this store or evaluate on that one"
+        )
+    return loaded
+
+
+def open_contest(store: Store, entry: MixtureEntry, config: PretrainConfig) -> tuple[Contest | None, WindowSet | None]:
+    """Test and training windows of a source, and the baselines' scores; None where no window fits.
+
+    The context is what a training document leaves before its longest lead.
+    """
+    begin = time.monotonic()
+    task = task_for(store.modality(entry.source), store.step_seconds(entry.source))
+    tokenizer = make_tokenizer(store.modality(entry.source), tokenizer_settings(config))
+    num_context = entry.frames - max(entry.leads)
+    if num_context < 1:
+        raise DataError(
+            f"source {entry.source!r}: documents of {entry.frames} frames leave no context before lead "
+            f"{max(entry.leads)}; raise mixture frames"
+        )
+    shape = WindowShape(num_context=num_context, leads=entry.leads, frame_times=tokenizer.frame_times)
+    count = config.evaluate.windows_by_source.get(entry.source, config.evaluate.windows)
+    test = read_windows(store, entry.source, split="test", shape=shape, count=count)
+    train = read_windows(store, entry.source, split="train", shape=shape, count=task.train_windows)
+    if test is None or train is None:
+        return None, None
+    forecasts = forecast_baselines(train, test)
+    baselines = {name: score_baseline(test, forecast) for name, forecast in forecasts.items()}
+    print(
+        f"evaluate {entry.source}: {test.num_windows} test windows, {len(baselines)} baselines fitted on "
+        f"{train.num_windows} training windows in {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )
+    return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines), train
+
+
+def score_model(model: QuantileModel, windows: WindowSet) -> WindowScores:
+    """Scores of a model's quantiles on every window, a chunk at a time."""
+    parts = []
+    for first in range(0, windows.num_windows, _CHUNK):
+        chunk = windows.take(np.arange(first, min(first + _CHUNK, windows.num_windows)))
+        quantiles = model.quantiles(
+            list(chunk.samples()), num_context=windows.shape.num_context, leads=windows.shape.leads, levels=LEVELS
+        )
+        parts.append(score_quantiles(chunk, quantiles))
+    return WindowScores(
+        total={name: np.concatenate([part.total[name] for part in parts]) for name in parts[0].total},
+        weight=np.concatenate([part.weight for part in parts]),
+    )
+
+
+def score_shuffled(contest: Contest, train: WindowSet, *, control: LoadedModel, config: PretrainConfig) -> list[Score]:
+    """The control run on time-shuffled windows, against baselines fitted and scored on time-shuffled windows."""
+    test = contest.test.take(control_windows(contest.test.num_windows)).shuffled(config.seed)
+    forecasts = forecast_baselines(
+        train.take(thin(train.num_windows, _SHUFFLED_TRAIN_WINDOWS)).shuffled(config.seed + 1), test
+    )
+    baselines = {name: score_baseline(test, forecast) for name, forecast in forecasts.items()}
+    shuffled = Contest(task=contest.task, test=test, forecasts=forecasts, baselines=baselines)
+    scores = score_model(control.predictor, test)
+    return shuffled.rows({SHUFFLED: scores}, config=config, index=np.arange(test.num_windows))
+
+
+def thin(total: int, count: int) -> np.ndarray:
+    """`count` of `total` numbers, evenly spread; all where there are no more."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+
+
+def control_windows(total: int) -> np.ndarray:
+    """The windows that controls are scored on: every other one, at most 256 (they need no fine interval)."""
+    return thin(total, min(_CONTROL_WINDOWS, -(-total // 2)))

@@ -1,0 +1,173 @@
+"""Results of an evaluation: the printed table, evaluation.json and evaluation.csv, and their copy in the MLflow run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sci_evals.exhibits import Exhibit
+from sci_evals.scores import ALL, Score
+from sci_gpt.config import PretrainConfig
+from sci_gpt.train.run_folder import TRACKING
+
+TRAINED, UNTRAINED, SHUFFLED = "trained", "untrained", "time-shuffled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        run: the run folder.
+        config: of the run.
+        rows: scores of all models, in the order of the table.
+        left_out: {source: why it has no score}.
+        exhibits: examples to draw.
+        manifest: the store's, with licences and citations.
+    """
+
+    run: Path
+    config: PretrainConfig
+    rows: tuple[Score, ...]
+    left_out: dict[str, str]
+    exhibits: tuple[Exhibit, ...]
+    manifest: dict[str, Any]
+
+
+def headline(rows: Iterable[Score]) -> list[Score]:
+    """Rows that stand for a source: those of all channels and regions together, or of the only one."""
+    rows = list(rows)
+    pooled = {(row.model, row.source, row.lead, row.metric) for row in rows if row.channel == ALL}
+    return [row for row in rows if row.channel == ALL or (row.model, row.source, row.lead, row.metric) not in pooled]
+
+
+def table_rows(rows: Iterable[Score]) -> list[Score]:
+    """Every row of the trained model and the headlines of the controls, in their order."""
+    rows = list(rows)
+    heads = set(map(id, headline(rows)))
+    return [row for row in rows if row.model == TRAINED or id(row) in heads]
+
+
+def columns(interval: float) -> tuple[str, ...]:
+    """Heads of the table's columns."""
+    return (
+        "source",
+        "model",
+        "region",
+        "channel",
+        "lead",
+        "metric",
+        "score",
+        "best baseline",
+        "its score",
+        "unit",
+        "skill",
+        f"{100 * interval:g} % interval",
+        "windows",
+        "blocks",
+    )
+
+
+def cells(row: Score) -> tuple[str, ...]:
+    """A row as texts, one per column."""
+    return (
+        row.source,
+        row.model,
+        row.region,
+        row.channel,
+        row.lead,
+        row.metric,
+        "" if math.isnan(row.score) else f"{row.score:.4g}",
+        row.baseline,
+        "" if math.isnan(row.baseline_score) else f"{row.baseline_score:.4g}",
+        row.unit,
+        f"{row.skill:+.4f}",
+        "one block" if math.isnan(row.low) else f"[{row.low:+.4f}, {row.high:+.4f}]",
+        str(row.num_windows),
+        str(row.num_blocks),
+    )
+
+
+def print_table(results: Results) -> None:
+    """The table on standard output: skill = 1 - score / best baseline's score."""
+    lines = [columns(results.config.evaluate.interval), *(cells(row) for row in table_rows(results.rows))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for number, line in enumerate(lines):
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+    for source, reason in results.left_out.items():
+        print(f"{source}: {reason}")
+    sys.stdout.flush()
+
+
+def write_results(results: Results) -> Path:
+    """Write evaluation.json and evaluation.csv into `run`/report; the folder."""
+    folder = results.run / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in results.rows]
+    content = {
+        "run": results.config.name,
+        "data_fingerprint": results.manifest.get("fingerprint"),
+        "interval": results.config.evaluate.interval,
+        "left_out": results.left_out,
+        "rows": rows,
+    }
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Score)])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def log_results(results: Results, folder: Path) -> None:
+    """Skills as metrics and the report as artifacts of the training's MLflow run, where there is one.
+
+    A tracking server that fails costs a warning, not the evaluation: everything is in the report folder.
+    """
+    marker = results.run / TRACKING
+    if not marker.exists():
+        return
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    known = json.loads(marker.read_text(encoding="utf-8"))
+    try:
+        # Imported here: MLflow takes seconds to load, and only tracked runs need it.
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=known["uri"])
+        now = max(int(path.stat().st_mtime * 1000) for path in folder.iterdir())
+        client.log_batch(known["run_id"], metrics=_metrics(results, now))
+        client.log_artifacts(known["run_id"], str(folder), "report")
+    except Exception as error:  # noqa: BLE001  servers fail in many ways, and none may cost the evaluation
+        cause = " ".join(str(error).split())[:300]
+        print(
+            f"warning: the evaluation is not in MLflow at {known['uri']} ({type(error).__name__}: {cause})",
+            file=sys.stderr,
+        )
+
+
+def _metrics(results: Results, now: int) -> list[Any]:
+    # Imported here, as in log_results.
+    from mlflow.entities import Metric
+
+    found = []
+    for row in headline(results.rows):
+        name = f"evaluation/{row.source}/{row.model}/{row.metric}/{row.lead}"
+        for part, value in (("skill", row.skill), ("skill_low", row.low), ("skill_high", row.high)):
+            if math.isfinite(value):
+                found.append(Metric(f"{re.sub(r'[^A-Za-z0-9_./ -]', '_', name)}/{part}", value, now, 0))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null says that a row has no single score."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

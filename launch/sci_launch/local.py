@@ -1,0 +1,193 @@
+"""Local launcher: starts the processes of a run here, passes signals on, and ends the others when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.errors import SciGptError
+from sci_gpt.parallel.worker import PARENT_VARIABLE, RENDEZVOUS_VARIABLE, read_refusal
+from sci_gpt.train.run_folder import read_complete
+
+WORKER = "sci_gpt.recipes.pretrain"
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 15.0
+_LAST_LINES = 40
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class WorkerFailure(RuntimeError):
+    """A worker crashed or was killed; the message holds its rank, how it ended and its last lines on stderr."""
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run `recipes/pretrain.py` on `parallel.processes` local processes; a run that is complete is left as it is.
+
+    Returns:
+        0: the run is complete, or was asked to stop and saved (then `requeue` stands in the run folder).
+
+    Raises:
+        SciGptError: what a worker refused, in its own class and words.
+        WorkerFailure: a worker crashed.
+    """
+    complete = read_complete(config.output)
+    if complete is not None and complete["step"] >= config.schedule.steps:
+        print(
+            f"{config.output} is complete: {complete['step']} steps, {complete['checkpoint']}; nothing to train",
+            flush=True,
+        )
+        return 0
+    with tempfile.TemporaryDirectory(prefix="sci-gpt-") as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(show_config(config), encoding="utf-8")
+        run_workers(
+            [WORKER, str(resolved)],
+            processes=config.parallel.processes,
+            threads=config.parallel.threads_per_process,
+            meeting_place=Path(folder) / "rendezvous",
+        )
+    return 0
+
+
+def run_workers(module: Sequence[str], *, processes: int, threads: int, meeting_place: Path) -> None:
+    """Start `python -m module...` as ranks 0 .. processes - 1 and wait until all have ended.
+
+    SIGTERM, SIGINT and SIGUSR1 to this process go on to every worker once each (a worker starts with them blocked, and
+    unblocks them when it listens: `train.signals.Requests`); a worker that fails ends the others, first politely.
+    Workers share the terminal's output; their stderr passes through here.
+
+    Args:
+        module: module name and its arguments.
+        processes, threads: how many, and CPU threads in each.
+        meeting_place: a file name, not yet there, through which the ranks find each other.
+
+    Raises:
+        SciGptError, WorkerFailure: see `pretrain`.
+    """
+    workers: list[_Worker] = []
+    with _passing_on(workers):
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+        for rank in range(processes):
+            workers.append(
+                _Worker.start(module, rank=rank, size=processes, threads=threads, meeting_place=meeting_place)
+            )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        first = _wait(workers)
+        for worker in workers:
+            worker.reader.join()
+    if first is not None:
+        raise first.failure(workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """One process, its last lines on stderr, and what it refused."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    reader: threading.Thread
+    lines: deque[str]
+    refusals: list[SciGptError]
+
+    @classmethod
+    def start(cls, module: Sequence[str], *, rank: int, size: int, threads: int, meeting_place: Path) -> _Worker:
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "OMP_NUM_THREADS": str(threads),
+            RENDEZVOUS_VARIABLE: str(meeting_place),
+            PARENT_VARIABLE: str(os.getpid()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on once.
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module], env=environment, stderr=subprocess.PIPE, start_new_session=True
+        )
+        assert process.stderr is not None
+        lines: deque[str] = deque(maxlen=_LAST_LINES)
+        refusals: list[SciGptError] = []
+        reader = threading.Thread(
+            target=_read, args=(process.stderr, lines), kwargs={"refusals": refusals}, daemon=True
+        )
+        reader.start()
+        return cls(rank=rank, process=process, reader=reader, lines=lines, refusals=refusals)
+
+    def send(self, number: int) -> None:
+        """Send a signal where the process still runs."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def failure(self, workers: Sequence[_Worker]) -> Exception:
+        """What this worker's end means for the caller; a refusal of any rank says more than the end of another."""
+        for worker in (self, *workers):
+            if worker.refusals:
+                return worker.refusals[0]
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last = "\n".join(self.lines) or "(it wrote nothing on stderr)"
+        return WorkerFailure(f"rank {self.rank} of {len(workers)} {how}; its last lines:\n{last}")
+
+
+def _read(stream: IO[bytes], lines: deque[str], *, refusals: list[SciGptError]) -> None:
+    """Pass warnings on as they come; keep a refusal (the caller says it once) and the last lines."""
+    for raw in stream:
+        line = raw.decode(errors="replace").rstrip("\n")
+        refusal = read_refusal(line)
+        if refusal is not None:
+            refusals.append(refusal)
+        else:
+            lines.append(line)
+            if line.startswith("warning: "):
+                print(line, file=sys.stderr, flush=True)
+
+
+def _wait(workers: Sequence[_Worker]) -> _Worker | None:
+    """Wait for all; returns the first that failed. The others are then asked to end, and killed after a grace."""
+    first: _Worker | None = None
+    deadline = float("inf")
+    while any(worker.process.poll() is None for worker in workers):
+        failed = [worker for worker in workers if worker.process.poll() not in (None, 0)]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
+            for worker in workers:
+                worker.send(signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for worker in workers:
+                worker.send(signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    return first or next((worker for worker in workers if worker.process.returncode != 0), None)
+
+
+@contextmanager
+def _passing_on(workers: list[_Worker]) -> Iterator[None]:
+    """Send signals on to the workers, once each; end them where this process is ended by an error."""
+    sent: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number not in sent:
+            sent.add(number)
+            for worker in workers:
+                worker.send(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for worker in workers:
+            worker.send(signal.SIGKILL)

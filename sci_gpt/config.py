@@ -1,0 +1,341 @@
+"""The whole configuration tree on one page: typed, unknown keys refused, loaded from one complete YAML file."""
+
+from __future__ import annotations
+
+import types
+import typing
+from datetime import date
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sci_gpt.errors import ConfigError
+from sci_gpt.plain_tree import override_key, read_plain
+
+
+def _refuse_twice(what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} {name!r} stands {names.count(name)} times; each stands once")
+
+
+class Node(BaseModel):
+    """A part of the tree: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SplitConfig(Node):
+    """How one source is split. Time splits share the corpus calendar; the others hold whole things out.
+
+    by: time (an era of the corpus calendar) | station (an era, and stations) | run (members of a simulation) | event;
+    `valid` and `test` name what is held out whole (stations, runs, events). `gap_days` overrides the calendar's gap;
+    `empty` names the splits that may hold nothing.
+    """
+
+    by: Literal["time", "run", "station", "event"]
+    era: str | None = None
+    gap_days: float | None = Field(default=None, gt=0)
+    valid: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    empty: tuple[Literal["valid", "test"], ...] = ()
+
+    @model_validator(mode="after")
+    def _era_where_needed(self) -> Self:
+        if (self.by in ("time", "station")) != (self.era is not None):
+            raise ValueError(f"`era` goes with by: time and by: station, and only with them, got by: {self.by}")
+        return self
+
+
+class SourceConfig(Node):
+    """One source: where its files are, who reads them, under what licence, how they split."""
+
+    name: str
+    reader: str
+    modality: Literal["grid", "series", "trace"]
+    nature: Literal["observation", "analysis", "simulation"]
+    package: str | None = None
+    files: tuple[str, ...]
+    options: dict[str, Any] = Field(default_factory=dict)
+    licence: str
+    citation: str
+    split: SplitConfig
+
+
+class EraConfig(Node):
+    """A part of the calendar: training to `train_until`, validation to `valid_until`, test to `end`; dates inclusive.
+
+    `valid_until` equal to `train_until` means no validation.
+    """
+
+    name: str
+    start: date
+    train_until: date
+    valid_until: date
+    end: date
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.start < self.train_until <= self.valid_until < self.end:
+            raise ValueError(
+                f"era {self.name!r}: start < train_until <= valid_until < end, got {self.start}, {self.train_until}, "
+                f"{self.valid_until}, {self.end}"
+            )
+        return self
+
+
+class CalendarConfig(Node):
+    """One calendar for the corpus: eras do not overlap, so that on no date one real-world source trains and another is
+    tested. A source lives in one era: its training lies before its validation, and that before its test.
+
+    Between two splits `gap_days` are dropped; a window longer than the gap is refused.
+    """
+
+    gap_days: float = Field(gt=0)
+    eras: tuple[EraConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        _refuse_twice("era", [era.name for era in self.eras])
+        return self
+
+
+class DataConfig(Node):
+    """`sci-gpt build`: sources, splits, shards."""
+
+    name: str
+    output: Path
+    calendar: CalendarConfig
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    climatology_year_harmonics: int = Field(default=2, ge=0)
+    climatology_day_harmonics: int = Field(default=2, ge=0)
+    shard_megabytes: float = Field(default=256.0, gt=0)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        _refuse_twice("source", [source.name for source in self.sources])
+        return self
+
+
+class MixtureEntry(Node):
+    """A source's share of the tokens and the shape of its windows.
+
+    frames: length of a document in frames; stride: frames between window starts; context_frames: C, the smallest and
+    the largest number of frames from which the document's scales come (drawn from the sample's number); leads: frames
+    ahead that each token is asked for.
+    """
+
+    source: str
+    weight: float = Field(gt=0)
+    frames: int = Field(ge=2)
+    stride: int = Field(ge=1)
+    context_frames: tuple[int, int]
+    leads: tuple[int, ...] = (1,)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        low, high = self.context_frames
+        if not 1 <= low <= high < self.frames:
+            raise ValueError(
+                f"context_frames are [smallest, largest], each fewer than {self.frames} frames, got [{low}, {high}]"
+            )
+        if not self.leads or min(self.leads) < 1 or list(self.leads) != sorted(set(self.leads)):
+            raise ValueError(f"leads are ascending and positive, got {list(self.leads)}")
+        if high + self.leads[0] > self.frames:
+            raise ValueError(f"{self.frames} frames hold no target {self.leads[0]} ahead of {high} context frames")
+        return self
+
+
+class TokenizerConfig(Node):
+    """Sizes of tokens: grid patch side, samples per trace frame, ids and limit of the series quantizer."""
+
+    grid_patch: int = Field(default=8, ge=1)
+    trace_samples: int = Field(default=5, ge=1)
+    series_ids: int = Field(default=4096, ge=8)
+    series_limit: float = Field(default=15.0, gt=0)
+
+
+class ModelConfig(Node):
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py) and its series head."""
+
+    size: str
+    mixture_components: int = Field(default=3, ge=1)
+
+
+class OptimizerConfig(Node):
+    """AdamW with decoupled weight decay; `clip` is the global gradient norm."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class ScheduleConfig(Node):
+    """Warm-up, stable, cooldown, in steps; `steps` is the whole length."""
+
+    steps: int = Field(ge=1)
+    warmup_steps: int = Field(ge=0)
+    cooldown_steps: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup_steps + self.cooldown_steps > self.steps:
+            raise ValueError(
+                "warmup_steps + cooldown_steps must fit in steps, "
+                f"got {self.warmup_steps} + {self.cooldown_steps} > {self.steps}"
+            )
+        return self
+
+
+class ParallelConfig(Node):
+    """The layout of a run on this machine."""
+
+    processes: int = Field(default=1, ge=1)
+    threads_per_process: int = Field(default=1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    accumulation: int = Field(default=1, ge=1)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _works(self) -> Self:
+        if self.dtype == "bf16" and self.zero_stage == 0:
+            raise ValueError("dtype bf16 with zero_stage 0 gives a wrong gradient norm in DeepSpeed; use zero_stage 1")
+        return self
+
+
+class CheckpointConfig(Node):
+    """Save every `every` steps, keep the last `keep`."""
+
+    every: int = Field(ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class ValidationConfig(Node):
+    """Every `every` steps, `windows` windows of each source's validation split are scored."""
+
+    every: int = Field(ge=1)
+    windows: int = Field(default=16, ge=1)
+
+
+class TrackingConfig(Node):
+    """MLflow: where runs go and under what names."""
+
+    uri: str = "sqlite:///runs/mlflow/mlflow.db"
+    artifacts: str = "runs/mlflow/artifacts"
+    experiment: str
+    registered_model: str | None
+
+
+class EvaluateConfig(Node):
+    """`sci-gpt evaluate`: windows per source of the test split, bootstrap, the time-shuffled control run."""
+
+    windows: int = Field(default=512, ge=1)
+    windows_by_source: dict[str, int] = Field(default_factory=dict)
+    bootstrap: int = Field(default=1000, ge=100)
+    interval: float = Field(default=0.9, gt=0, lt=1)
+    shuffled_run: Path | None = None
+
+
+class PretrainConfig(Node):
+    """`sci-gpt pretrain`: one run."""
+
+    name: str
+    output: Path
+    data: Path
+    seed: int = Field(ge=0)
+    row_length: int = Field(ge=16)
+    rows_per_step: int = Field(ge=1)
+    shuffle_time: bool = False
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    loss_factor: dict[Literal["grid", "series", "trace"], float]
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig
+    tracking: TrackingConfig
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        _refuse_twice("mixture source", [entry.source for entry in self.mixture])
+        return self
+
+
+Config = TypeVar("Config", bound=Node)
+
+
+def load_config(path: Path, kind: type[Config], *, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a complete YAML file into a tree of `kind`, with `--set a.b=c` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such file, not YAML, a key twice, an unknown key (the nearest real one is named), a value of the
+            wrong type, an override that leads nowhere.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file {str(path)!r}; the examples are in configs/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
+    tree = read_plain(text, where=str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, got {type(tree).__name__}")
+    for override in overrides:
+        override_key(tree, override)
+    return parse_config(tree, kind, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], kind: type[Config], *, where: str) -> Config:
+    """Check a tree of plain values; `where` (a file or a checkpoint) begins the message.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        # Unknown keys first: a misspelt required key is also a missing one, and the misspelling is what must be mended.
+        items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        raise ConfigError(f"{where}: " + "; ".join(_explain(kind, item) for item in items[:3])) from error
+
+
+def show_config(config: Node) -> str:
+    """The resolved tree as YAML (`--show`); `load_config` reads it back to an equal tree."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _explain(kind: type[Node], item: Any) -> str:
+    location = tuple(part for part in item["loc"] if part != "[key]")
+    where = ".".join(str(part) for part in location)
+    if item["type"] == "missing":
+        return f"missing key {where!r}"
+    if item["type"] == "extra_forbidden" or item["loc"][-1:] == ("[key]",):
+        close = get_close_matches(str(location[-1]), _keys_at(kind, location[:-1]), n=1, cutoff=0.0)
+        return f"unknown key {where!r}; nearest: {close[0]!r}" if close else f"unknown key {where!r}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # one of our own checks: it says what came
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {item.get('input')!r}"
+
+
+def _keys_at(kind: type[Node], location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed at a place of the tree: the fields of a node, or the literal keys of a mapping."""
+    node: Any = kind
+    for part in location:
+        if isinstance(part, str) and hasattr(node, "model_fields"):
+            node = node.model_fields[part].annotation
+        else:  # an entry of a tuple or of a mapping
+            node = typing.get_args(node)[-1] if isinstance(part, str) else typing.get_args(node)[0]
+        if typing.get_origin(node) in (typing.Union, types.UnionType):
+            node = next(arg for arg in typing.get_args(node) if arg is not type(None))
+    if typing.get_origin(node) is dict:
+        return [str(key) for key in typing.get_args(typing.get_args(node)[0])]
+    return list(getattr(node, "model_fields", {}))

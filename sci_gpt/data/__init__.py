@@ -1,0 +1,1 @@
+"""Readers, splits, statistics, shards, order and loader: from archives to rows."""

@@ -1,0 +1,138 @@
+"""The order of a run: sample number n is a pure function of (seed, mixture, n), in constant time and memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PERIOD = 65536
+_ROUNDS = 4
+
+
+def keyed(seed: int, *words: object) -> int:
+    """A 64-bit key for (seed, words): the only source of randomness of a run."""
+    digest = hashlib.blake2b(repr((seed, *words)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def permute(position: int, size: int, key: int, *, inverse: bool = False) -> int:
+    """Element `position` of a keyed permutation of range(size): a Feistel network on the next power of four, cycle-walked.
+
+    Args:
+        position: within range(size).
+        size: length of the permutation.
+        key: of the permutation.
+        inverse: give the position that holds the element `position` instead.
+
+    Raises:
+        ValueError: position outside range(size).
+    """
+    if not 0 <= position < size:
+        raise ValueError(f"position {position} is not in a permutation of {size}")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    value = position
+    while True:
+        left, right = value >> half, value & mask
+        if inverse:
+            for round_number in reversed(range(_ROUNDS)):
+                left, right = right ^ (_mix(left ^ key, round_number) & mask), left
+        else:
+            for round_number in range(_ROUNDS):
+                left, right = right, left ^ (_mix(right ^ key, round_number) & mask)
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def _mix(value: int, round_number: int) -> int:
+    """splitmix64's finalizer (Steele et al. 2014), as the round function."""
+    z = (value + 0x9E3779B97F4A7C15 * (round_number + 1)) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
+
+
+def mixture_table(shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Which source gives sample n of a period, and how many samples it gave before, each (PERIOD,).
+
+    Shares are rounded to 1/65536. At every n a source has given its share of n within one sample: the chairman assignment of
+    Tijdeman (1980): among sources that may give one without overshooting, the one whose deadline comes first.
+
+    Raises:
+        ValueError: no source, or a share that rounds to nothing.
+    """
+    weights = np.asarray(shares, np.float64)
+    if not weights.size or not (weights > 0).all():
+        raise ValueError(f"a mixture needs positive shares, got {list(shares)}")
+    counts = np.floor(weights / weights.sum() * PERIOD).astype(np.int64)
+    rest = weights / weights.sum() * PERIOD - counts
+    counts[np.argsort(-rest, kind="stable")[: PERIOD - counts.sum()]] += 1
+    if not counts.all():
+        raise ValueError(f"shares {list(shares)}: one rounds to 0 of {PERIOD}")
+    slack = 0.0 if len(counts) == 1 else 1.0 - 1.0 / (2 * len(counts) - 2)
+    given = [0] * len(counts)
+    source = np.zeros(PERIOD, np.int64)
+    before = np.zeros(PERIOD, np.int64)
+    rates = [int(count) / PERIOD for count in counts]
+    for n in range(PERIOD):
+        best, deadline = -1, float("inf")
+        for s, rate in enumerate(rates):
+            if rate * (n + 1) - given[s] >= 1.0 - slack - 1e-12:
+                due = (given[s] + 1.0 - (1.0 - slack)) / rate
+                if due < deadline:
+                    best, deadline = s, due
+        if best < 0:  # rounding of the test above: the source furthest behind
+            best = int(np.argmax([rate * (n + 1) - count for rate, count in zip(rates, given, strict=True)]))
+        source[n], before[n] = best, given[best]
+        given[best] += 1
+    return source, before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of a run over several sources.
+
+    Attributes:
+        seed: of the run.
+        sizes: windows in each source.
+        names: of the sources (they key the permutations, so that adding a source moves no other's order).
+        table: of `mixture_table`.
+        block: windows in a shuffle block; blocks are visited in a permuted order, windows within one too.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    table: tuple[np.ndarray, np.ndarray]
+    block: int = PERIOD
+
+    def sample(self, n: int) -> tuple[int, int, int]:
+        """Sample number n as (source, window, epoch of the source)."""
+        period, position = divmod(n, PERIOD)
+        source = int(self.table[0][position])
+        per_period = int((self.table[0] == source).sum()) if period else 0
+        count = period * per_period + int(self.table[1][position])
+        epoch, place = divmod(count, self.sizes[source])
+        return source, self._window(source, epoch, place), epoch
+
+    def _window(self, source: int, epoch: int, place: int) -> int:
+        size, name = self.sizes[source], self.names[source]
+        blocks = -(-size // self.block)
+        tail = size - (blocks - 1) * self.block
+        key = keyed(self.seed, name, epoch)
+        # The last block is shorter: where the permuted order puts it decides which block `place` falls in.
+        visit = permute(blocks - 1, blocks, key, inverse=True)
+        if place < visit * self.block:
+            slot, inside = divmod(place, self.block)
+        elif place < visit * self.block + tail:
+            slot, inside = visit, place - visit * self.block
+        else:
+            slot, inside = divmod(place - tail, self.block)
+            slot += 1
+        chosen = permute(slot, blocks, key)
+        length = tail if chosen == blocks - 1 else self.block
+        return chosen * self.block + permute(inside, length, keyed(self.seed, name, epoch, chosen))

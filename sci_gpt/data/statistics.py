@@ -1,0 +1,137 @@
+"""Statistics of the training split, accumulated in float64 while a store is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sci_gpt.errors import DataError
+from sci_tokenizers.sample import Sample, channel_name
+from sci_tokenizers.statistics import ChannelStatistics, harmonics
+from sci_tokenizers.variables import forward_transform
+
+BINS = 48  # of a cycle
+LONGEST_GAP = BINS // 6  # a cycle with a longer unseen part is not covered
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainingStatistics:
+    """Sums over the training stretches of one source; only `add` changes them, and only the training split is added.
+
+    Attributes:
+        source: its name.
+        variables, levels: of its channels.
+        num_year, num_day: harmonics of the climatology that are fitted where the split covers the whole cycle.
+    """
+
+    source: str
+    variables: tuple[str, ...]
+    levels: tuple[float, ...]
+    num_year: int
+    num_day: int
+    _sums: list[_Sums] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        size = 1 + 2 * self.num_year + 2 * self.num_day
+        self._sums.extend(_Sums(size) for _ in self.variables)
+
+    def add(self, sample: Sample) -> None:
+        """Take one training stretch in."""
+        design = harmonics(sample.year_phase, sample.day_phase, self.num_year, self.num_day)
+        for number, (name, sums) in enumerate(zip(self.variables, self._sums, strict=True)):
+            values = forward_transform(sample.values[:, number].astype(np.float64), name)
+            sums.add(
+                values.reshape(sample.num_times, -1), sample.valid[:, number].reshape(sample.num_times, -1), design
+            )
+            known = sample.valid[:, number].reshape(sample.num_times, -1).any(axis=1)
+            sums.cover(sample, np.flatnonzero(known))
+
+    def finish(self) -> dict[str, ChannelStatistics]:
+        """Statistics by channel, in transformed units.
+
+        Raises:
+            DataError: a channel without one valid training value.
+        """
+        names = [channel_name(v, level) for v, level in zip(self.variables, self.levels, strict=True)]
+        for name, sums in zip(names, self._sums, strict=True):
+            if not sums.count:
+                raise DataError(f"source {self.source!r}: channel {name!r} has no valid value in its training split")
+        return {
+            name: sums.statistics(self.num_year, self.num_day) for name, sums in zip(names, self._sums, strict=True)
+        }
+
+
+class _Sums:
+    """Sums of one channel, about its first value (so that squares of Pascals do not cancel)."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.origin = 0.0
+        self.total = self.squares = 0.0
+        self.steps = 0
+        self.step_total = self.step_squares = 0.0
+        self.minimum, self.maximum = np.inf, -np.inf
+        self.normal = np.zeros((size, size))
+        self.moment = np.zeros(size)
+        self.year_bins = np.zeros(BINS, bool)
+        self.day_bins = np.zeros(BINS, bool)
+
+    def add(self, values: np.ndarray, valid: np.ndarray, design: np.ndarray) -> None:
+        """values, valid (time, cell); design (time, coefficient)."""
+        if not valid.any():
+            return
+        if not self.count:
+            self.origin = float(values[valid][0])
+        self.count += int(valid.sum())
+        self.minimum = min(self.minimum, float(values[valid].min()))
+        self.maximum = max(self.maximum, float(values[valid].max()))
+        centred = np.where(valid, values - self.origin, 0.0)
+        self.total += float(centred.sum())
+        self.squares += float((centred**2).sum())
+        both = valid[1:] & valid[:-1]
+        steps = np.where(both, centred[1:] - centred[:-1], 0.0)
+        self.steps += int(both.sum())
+        self.step_total += float(steps.sum())
+        self.step_squares += float((steps**2).sum())
+        weight = valid.sum(axis=1).astype(np.float64)
+        self.normal += (design * weight[:, None]).T @ design
+        self.moment += design.T @ centred.sum(axis=1)
+
+    def cover(self, sample: Sample, seen: np.ndarray) -> None:
+        """Mark the parts of the year and of the day that the split holds; `seen` are numbers of times."""
+        self.year_bins[(sample.year_phase[seen] * BINS).astype(int)] = True
+        self.day_bins[(sample.day_phase[seen] * BINS).astype(int)] = True
+
+    def statistics(self, num_year: int, num_day: int) -> ChannelStatistics:
+        """The channel's statistics; a cycle that the split does not cover has no harmonics (they would extrapolate)."""
+        kept_year = num_year if _covered(self.year_bins) else 0
+        kept_day = num_day if _covered(self.day_bins) else 0
+        columns = [0, *range(1, 1 + 2 * kept_year)]
+        columns += range(1 + 2 * num_year, 1 + 2 * num_year + 2 * kept_day)
+        coefficients = np.linalg.lstsq(self.normal[np.ix_(columns, columns)], self.moment[columns], rcond=None)[0]
+        coefficients[0] += self.origin
+        mean = self.total / self.count
+        variance = max(self.squares / self.count - mean**2, 0.0)
+        step_mean = self.step_total / max(self.steps, 1)
+        step_variance = max(self.step_squares / max(self.steps, 1) - step_mean**2, 0.0)
+        return ChannelStatistics(
+            count=self.count,
+            mean=self.origin + mean,
+            std=float(np.sqrt(variance)),
+            step_std=float(np.sqrt(step_variance)),
+            num_year=kept_year,
+            num_day=kept_day,
+            climatology=tuple(float(c) for c in coefficients),
+            minimum=self.minimum,
+            maximum=self.maximum,
+        )
+
+
+def _covered(bins: np.ndarray) -> bool:
+    """Whether no unseen part of a cycle is longer than LONGEST_GAP bins."""
+    seen = np.flatnonzero(bins)
+    if not len(seen):
+        return False
+    gaps = np.diff(np.append(seen, seen[0] + len(bins))) - 1
+    return bool(gaps.max() <= LONGEST_GAP)

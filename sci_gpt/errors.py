@@ -1,0 +1,17 @@
+"""Errors by who must act: the writer of a configuration, the owner of data, or the owner of a checkpoint."""
+
+
+class SciGptError(Exception):
+    """An error with a message for a person: what was expected, what came, where, and what to do (exit code 2)."""
+
+
+class ConfigError(SciGptError):
+    """The configuration or the command line must change."""
+
+
+class DataError(SciGptError):
+    """A file, a unit, a split or a store must change."""
+
+
+class CheckpointError(SciGptError):
+    """A checkpoint is missing, torn or belongs to other data or another model."""

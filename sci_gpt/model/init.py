@@ -1,0 +1,45 @@
+"""Initial weights: each element drawn from a counter keyed by (seed, name, element), so no layout changes the start."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sci_gpt.model.transformer import SciGPT
+
+
+def standard_normal(seed: int, name: str, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse error function)."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+    generator = np.random.Philox(key=np.frombuffer(digest, np.uint64))
+    block = start // 4  # one Philox counter gives four 64-bit words
+    generator.advance(block)
+    raw = generator.random_raw(stop - block * 4)[start - block * 4 :]
+    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return (math.sqrt(2.0) * torch.erfinv(torch.from_numpy(2.0 * uniform - 1.0))).float()
+
+
+@torch.no_grad()
+def initialize(model: SciGPT, seed: int) -> None:
+    """Draw every parameter: linears normal with 1/sqrt(fan in), residual outputs smaller by sqrt(2 layers), the last layer of
+    a head and all biases and variable tables small or 0, norms 1."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith(".bias") or ".head.out." in name or name.endswith("variable_gain"):
+            parameter.zero_()
+        else:
+            spread = _spread(name, parameter, model.shape.layers)
+            drawn = standard_normal(seed, name, 0, parameter.numel())
+            parameter.copy_((drawn * spread).view_as(parameter))
+
+
+def _spread(name: str, parameter: Tensor, layers: int) -> float:
+    if name.endswith(("variable_bias", "head.variable")):
+        return 0.02
+    spread = parameter.shape[-1] ** -0.5
+    return spread / math.sqrt(2 * layers) if name.endswith((".output.weight", ".down.weight")) else spread

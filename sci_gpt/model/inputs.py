@@ -1,0 +1,93 @@
+"""Model inputs: a packed batch as tensors, with the attention groups that its documents form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sci_tokenizers.packing import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PayloadInputs:
+    """The tensors of `sci_tokenizers.packing.Payload`, same names and shapes."""
+
+    index: Tensor
+    values: Tensor
+    valid: Tensor
+    memory: Tensor
+    weight: Tensor
+    ids: Tensor
+    variable: Tensor
+    log_scale: Tensor
+    unit_token: Tensor
+    unit_target: Tensor
+    unit_anchor: Tensor
+    unit_spread: Tensor
+    unit_lead: Tensor
+    unit_weight: Tensor
+    question: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentGroup:
+    """Documents of one shape: token positions (documents, frames * slots) in the flat batch, and that shape."""
+
+    index: Tensor
+    frames: int
+    slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """A batch of T token positions as tensors; positions without a token are in no group and no payload.
+
+    Attributes:
+        frame, row, column: int64 (T,).
+        features: float32 (T, features).
+        payloads: {modality: PayloadInputs}.
+        groups: documents by shape.
+    """
+
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    features: Tensor
+    payloads: dict[str, PayloadInputs]
+    groups: tuple[DocumentGroup, ...]
+
+    @property
+    def num_positions(self) -> int:
+        """T."""
+        return int(self.frame.shape[0])
+
+
+def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
+    """Tensors of a batch on `device`."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for start, frames, slots in batch.spans:
+        shapes.setdefault((frames, slots), []).append(start)
+    groups = tuple(
+        DocumentGroup(
+            index=torch.from_numpy(np.asarray(starts)[:, None] + np.arange(frames * slots)).to(device),
+            frames=frames,
+            slots=slots,
+        )
+        for (frames, slots), starts in shapes.items()
+    )
+    return ModelInputs(
+        frame=torch.from_numpy(batch.frame).to(device),
+        row=torch.from_numpy(batch.row).to(device),
+        column=torch.from_numpy(batch.column).to(device),
+        features=torch.from_numpy(batch.features).to(device),
+        payloads={
+            modality: PayloadInputs(
+                **{f.name: torch.from_numpy(getattr(payload, f.name)).to(device) for f in fields(PayloadInputs)}
+            )
+            for modality, payload in batch.payloads.items()
+        },
+        groups=groups,
+    )

@@ -1,0 +1,87 @@
+"""Loss: per value from the predicted distribution, per token a weighted mean over valid values, per modality a weighted sum."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sci_gpt.model.heads import GaussianPrediction, MixturePrediction, Prediction
+from sci_gpt.model.inputs import ModelInputs, PayloadInputs
+from sci_gpt.model.shapes import ModelShape
+from sci_tokenizers.tokenizer import TokenizerSettings
+
+
+def crps_gaussian(mean: Tensor, log_spread: Tensor, truth: Tensor) -> Tensor:
+    """Closed form CRPS of a normal distribution (Gneiting et al. 2005, eq. 5), elementwise, in the unit of `truth`."""
+    spread = log_spread.exp()
+    z = (truth - mean) / spread
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return spread * (z * torch.erf(z / math.sqrt(2.0)) + 2 * density - 1 / math.sqrt(math.pi))
+
+
+def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, width: float, limit: float) -> Tensor:
+    """Log-probability of the bin around each centre under a discretized mixture of logistics (Salimans et al. 2017).
+
+    Args:
+        prediction: (U, M).
+        centre: (U,), bin centres in scaled units.
+        width: of a bin.
+        limit: the outermost centres; their bins are open.
+
+    Returns:
+        (U,), natural logarithm; exact for the outer bins too, stable in both tails.
+    """
+    spread = prediction.log_spread.exp()
+    upper = (centre[:, None] + width / 2 - prediction.mean) / spread
+    lower = (centre[:, None] - width / 2 - prediction.mean) / spread
+    inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-(width / spread)))
+    first, last = centre[:, None] <= -limit + width / 2, centre[:, None] >= limit - width / 2
+    bins = torch.where(first, F.logsigmoid(upper), torch.where(last, F.logsigmoid(-lower), inside))
+    return torch.logsumexp(prediction.log_weight + bins, dim=-1)
+
+
+def unit_losses(prediction: Prediction, payload: PayloadInputs, settings: TokenizerSettings) -> Tensor:
+    """Loss of each unit (U,): the weighted mean over its valid values; 0 where nothing is valid.
+
+    Series: cross-entropy of the id's bin (nats). Grids and traces: CRPS in spreads of the anchor where that is known (traces),
+    else in scaled units (grids).
+    """
+    truth = payload.values[payload.unit_target]
+    weight = payload.weight[payload.unit_target] * payload.valid[payload.unit_target]
+    if isinstance(prediction, MixturePrediction):
+        loss = -mixture_log_probability(
+            prediction, truth[:, 0, 0], width=settings.series_bin_width, limit=settings.series_limit
+        )
+        return torch.where(weight[:, 0, 0] > 0, loss, 0.0)
+    assert isinstance(prediction, GaussianPrediction)
+    loss = crps_gaussian(prediction.mean, prediction.log_spread, truth) / payload.unit_spread.exp()
+    total = weight.sum(dim=(1, 2))
+    return torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
+
+
+def weighted_sums(predictions: dict[str, Prediction], inputs: ModelInputs, settings: TokenizerSettings) -> dict[str, Tensor]:
+    """Sum over units of loss x weight, per modality present."""
+    return {
+        modality: (unit_losses(prediction, inputs.payloads[modality], settings) * inputs.payloads[modality].unit_weight).sum()
+        for modality, prediction in predictions.items()
+    }
+
+
+def valid_weights(inputs: ModelInputs) -> dict[str, float]:
+    """Sum of unit weights per modality present: known before the forward pass, summed over ranks once per step."""
+    return {modality: float(payload.unit_weight.sum()) for modality, payload in inputs.payloads.items()}
+
+
+def flops_per_token(shape: ModelShape, document_tokens: int, *, causal: bool = True) -> float:
+    """Forward and backward FLOPs of the trunk per token: 6 x parameters + attention scores and mixing.
+
+    Args:
+        shape: of the trunk.
+        document_tokens: tokens that a token may attend to at most.
+        causal: half of the scores are masked and not computed.
+    """
+    attention = 12 * shape.layers * shape.width * document_tokens * (0.5 if causal else 1.0)
+    return 6.0 * shape.trunk_parameters + attention

@@ -1,0 +1,103 @@
+"""Predictor: quantiles in physical units from samples of context, for every modality; the future is blanked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from sci_gpt.model.inputs import to_inputs
+from sci_gpt.model.quantiles import prediction_quantiles
+from sci_gpt.model.transformer import SciGPT
+from sci_tokenizers.packing import collate
+from sci_tokenizers.sample import Sample
+from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.table import make_tokenizer
+from sci_tokenizers.tokenizer import TokenizerSettings
+from sci_tokenizers.tokens import Tokens
+
+_BATCH_TOKENS = 8192
+
+
+class Predictor:
+    """A model with what it needs to turn samples into forecasts.
+
+    Args:
+        model: at any weights.
+        settings: sizes of tokens (the model's own).
+        statistics: {source: {channel: ChannelStatistics}} of the training split; a source not in it is met zero-shot.
+    """
+
+    def __init__(
+        self, model: SciGPT, settings: TokenizerSettings, statistics: Mapping[str, Mapping[str, ChannelStatistics]]
+    ) -> None:
+        self.model, self.settings, self.statistics = model, settings, statistics
+        self.tokenizers = {m: make_tokenizer(m, settings) for m in ("grid", "series", "trace")}
+
+    def quantiles(
+        self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...], levels: tuple[float, ...]
+    ) -> list[np.ndarray]:
+        """Forecast quantiles from the end of each sample's context.
+
+        Args:
+            samples: of (num_context + max(leads)) frames each; what lies after the context is blanked here, its times are used.
+            num_context: frames of context.
+            leads: frames ahead, ascending; lead k is the frame num_context - 1 + k.
+            levels: of the quantiles, in (0, 1).
+
+        Returns:
+            Per sample float32 (levels, leads, frame_times, variable, row, column) in the variables' units.
+        """
+        documents = [self._document(sample, num_context, leads) for sample in samples]
+        out: list[np.ndarray] = []
+        start = 0
+        while start < len(documents):
+            stop, length = start, 0
+            while stop < len(documents) and (stop == start or length * (stop + 1 - start) <= _BATCH_TOKENS):
+                length = max(length, num_context * documents[stop].num_slots)
+                stop += 1
+            out += self._predict(documents[start:stop], row_length=length, levels=levels)
+            start = stop
+        return out
+
+    def _document(self, sample: Sample, num_context: int, leads: tuple[int, ...]) -> Tokens:
+        tokenizer = self.tokenizers[sample.modality]
+        known = num_context * tokenizer.frame_times
+        valid, values = sample.valid.copy(), sample.values.copy()
+        valid[known:], values[known:] = False, 0.0
+        end = (num_context + max(leads)) * tokenizer.frame_times
+        blanked = replace(sample, values=values, valid=valid).window(0, end)
+        return tokenizer.encode(
+            blanked, num_context=num_context, leads=leads, statistics=self.statistics.get(sample.source)
+        )
+
+    @torch.no_grad()
+    def _predict(self, documents: Sequence[Tokens], *, row_length: int, levels: tuple[float, ...]) -> list[np.ndarray]:
+        inputs = to_inputs(collate([[tokens] for tokens in documents], row_length, context_only=True))
+        self.model.eval()
+        predictions = self.model(inputs)
+        wanted = torch.tensor(levels, dtype=torch.float32)
+        arrays = {m: prediction_quantiles(p, wanted, self.settings).numpy() for m, p in predictions.items()}
+        taken = dict.fromkeys(arrays, 0)
+        out = []
+        for tokens in documents:
+            units = len(tokens.leads) * tokens.num_slots
+            first = taken[tokens.modality]
+            taken[tokens.modality] += units
+            scaled = arrays[tokens.modality][:, first : first + units, : tokens.variable.shape[1]]
+            out.append(self._physical(tokens, scaled.reshape(len(levels), len(tokens.leads), tokens.num_slots, *scaled.shape[2:])))
+        return out
+
+    def _physical(self, tokens: Tokens, scaled: np.ndarray) -> np.ndarray:
+        """(levels, leads, S, V, K) scaled -> (levels, leads, frame_times, variable, row, column)."""
+        at = [tokens.num_context - 1 + lead for lead in tokens.leads]
+        asked = replace(
+            tokens,
+            **{name: getattr(tokens, name)[at] for name in ("payload", "valid", "anchor", "anchor_spread", "memory", "offset", "time", "frame_features")},
+            num_context=1,
+        )
+        tokenizer = self.tokenizers[tokens.modality]
+        physical = tokenizer.decode(asked, scaled)  # levels, leads * frame_times, v, y, x
+        return physical.reshape(len(scaled), len(at), tokenizer.frame_times, *physical.shape[2:])

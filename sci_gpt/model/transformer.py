@@ -1,0 +1,89 @@
+"""The model: embeddings of three modalities, one frame-causal trunk, a head per modality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
+from sci_gpt.model.heads import GaussianHead, MixtureHead, Prediction
+from sci_gpt.model.inputs import ModelInputs
+from sci_gpt.model.layers import Block, RMSNorm, Rotary
+from sci_gpt.model.shapes import ModelShape
+from sci_tokenizers.tokenizer import MEMORIES, TokenizerSettings
+from sci_tokenizers.variables import VARIABLES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What beside the trunk's shape decides the parameters.
+
+    Attributes:
+        tokenizer: sizes of tokens.
+        mixture_components: logistics in the series head.
+        num_variables: rows of the variable table when the model was made.
+    """
+
+    tokenizer: TokenizerSettings
+    mixture_components: int = 3
+    num_variables: int = len(VARIABLES)
+
+
+class SciGPT(nn.Module):
+    """One transformer over frames x slots. Every module runs in every call, a modality that is absent with weight 0."""
+
+    def __init__(self, shape: ModelShape, settings: ModelSettings) -> None:
+        super().__init__()
+        self.shape, self.settings = shape, settings
+        values = {
+            "grid": settings.tokenizer.grid_patch**2,
+            "series": 1,
+            "trace": settings.tokenizer.trace_samples,
+        }
+        rows, width = settings.num_variables, shape.width
+        self.context = ContextEmbedding(width)
+        self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width) for m, k in values.items()})
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(width)
+        self.heads = nn.ModuleDict(
+            {
+                "grid": GaussianHead(width, rows, num_values=values["grid"], num_memories=len(MEMORIES)),
+                "series": MixtureHead(width, rows, settings.mixture_components),
+                "trace": GaussianHead(width, rows, num_values=values["trace"], num_memories=0),
+            }
+        )
+
+    def forward(self, inputs: ModelInputs) -> dict[str, Prediction]:
+        """Predictions of every asked unit, by modality; `idle` parameters are tied in with weight 0."""
+        x = self.trunk(inputs)
+        return {modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()}
+
+    def trunk(self, inputs: ModelInputs) -> Tensor:
+        """(T, width): what the model knows at each token."""
+        x = self.context(inputs.features)
+        for modality, payload in inputs.payloads.items():
+            x = x.index_add(0, payload.index, self.embed[modality](payload))
+        rotary = Rotary.of(inputs, self.shape.head_width)
+        for block in self.blocks:
+            x = block(x, rotary=rotary, groups=inputs.groups)
+        return self.norm(x)
+
+    def idle(self, inputs: ModelInputs) -> Tensor:
+        """0, but reached by every parameter of modalities absent from the batch: collectives must see them on every rank."""
+        absent = [m for m in self.heads if m not in inputs.payloads]
+        parameters = [p for m in absent for module in (self.embed[m], self.heads[m]) for p in module.parameters()]
+        zero = inputs.features.new_zeros(())
+        return zero + sum((p.sum() * 0.0 for p in parameters), start=zero)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, each once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def build_model(shape: ModelShape, settings: ModelSettings) -> SciGPT:
+    """A model whose parameters are allocated but not drawn (see `init.initialize`)."""
+    with torch.device("cpu"):
+        return SciGPT(shape, settings)

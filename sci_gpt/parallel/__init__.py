@@ -1,0 +1,1 @@
+"""World, plan, engine and memory estimates."""

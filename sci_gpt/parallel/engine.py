@@ -1,0 +1,120 @@
+"""Engine: one model under DeepSpeed with torch's AdamW: forward, backward, a step that may be refused."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    """AdamW with decoupled weight decay on matrices only; `clip` is the largest global gradient norm."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    clip: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What an optimizer step did: `applied` is False where the gradient was not finite on some rank (same on all)."""
+
+    applied: bool
+    gradient_norm: float
+
+
+class Engine:
+    """A model cut as the plan says. The model itself is single-device code and does not know it.
+
+    Owns the optimizer. Private names of DeepSpeed stand in this file and in train/fragments.py only.
+    """
+
+    def __init__(self, model: nn.Module, *, plan: ParallelPlan, optimizer: AdamWSettings, world: World) -> None:
+        # Imported here, after World.start has chosen DeepSpeed's accelerator.
+        import deepspeed
+
+        plan.check(world.size)
+        self.plan, self.world, self._clip = plan, world, optimizer.clip
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 0:
+                raise ValueError(f"parameter {name!r} has no dimension, which DeepSpeed cannot cut: give it shape (1,)")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": optimizer.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        adam = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.epsilon,
+        )
+        config = plan.deepspeed_config(clip=optimizer.clip)
+        # DeepSpeed's bf16 optimizer prints its memory on stdout, where progress lines are.
+        with contextlib.redirect_stdout(sys.stderr):
+            self.deepspeed: Any = deepspeed.initialize(
+                model=model, config=config, optimizer=adam, dist_init_required=False
+            )[0]
+        self.adam = adam
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself (whole weights in it only below ZeRO 3)."""
+        module: nn.Module = self.deepspeed.module
+        return module
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The model's forward pass."""
+        with self.precision():
+            return self.deepspeed(*arguments)
+
+    def precision(self) -> AbstractContextManager[None]:
+        """For a forward pass: matrix products in bf16 where the plan says so; inputs and sums stay fp32."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.plan.dtype == "bf16")
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one micro-batch's loss, already multiplied by `plan.loss_multiplier` / global weight."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> StepOutcome:
+        """End a micro-batch; on the last one of the step clip and update, unless the gradient is not finite.
+
+        The norm is that of the reduced gradient, so every rank sees the same one and takes or refuses the step alike.
+        """
+        if self.plan.zero_stage == 0:
+            return self._step_undivided()
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        applied = bool(self.deepspeed.was_step_applied())
+        return StepOutcome(applied=applied, gradient_norm=float("nan") if norm is None else float(norm))
+
+    def set_learning_rate(self, value: float) -> None:
+        """The rate of the next step, for every group."""
+        for group in self.adam.param_groups:
+            group["lr"] = value
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+    def _step_undivided(self) -> StepOutcome:
+        norm = float("nan")
+        if boundary := self.deepspeed.is_gradient_accumulation_boundary():
+            parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+            norm = float(nn.utils.clip_grad_norm_(parameters, self._clip))
+            if norm != norm or norm == float("inf"):
+                for parameter in parameters:
+                    parameter.grad = None  # AdamW passes over parameters without a gradient
+        self.deepspeed.step()
+        return StepOutcome(applied=bool(boundary) and norm < float("inf"), gradient_norm=norm)

@@ -1,0 +1,53 @@
+"""What a launcher and its worker processes agree on: environment variables, and how a refusal travels on stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sci_gpt import errors
+from sci_gpt.errors import CheckpointError, SciGptError
+
+# A file through which the ranks of one machine find each other: unlike a port it cannot be taken by somebody else.
+RENDEZVOUS_VARIABLE = "SCI_GPT_RENDEZVOUS"
+# The launcher's process id: a worker whose launcher is gone must not train on unseen.
+PARENT_VARIABLE = "SCI_GPT_PARENT"
+REFUSED = 2  # exit code of a worker that refused to go on, for a reason that a person can mend
+
+_PREFIX = "sci-gpt refusal: "
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around a worker's whole work: an error for a person becomes one line on stderr and exit code 2.
+
+    Raises:
+        SystemExit: with code 2, for a SciGptError and for a full disk.
+    """
+    try:
+        yield
+    except SciGptError as error:
+        _refuse(error)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f" while writing {str(error.filename)!r}" if error.filename else ""
+        _refuse(CheckpointError(f"no space left on the disk{where}; make room, and the same command resumes the run"))
+
+
+def _refuse(error: SciGptError) -> None:
+    print(_PREFIX + json.dumps([type(error).__name__, str(error)]), file=sys.stderr, flush=True)
+    raise SystemExit(REFUSED) from error
+
+
+def read_refusal(line: str) -> SciGptError | None:
+    """The error that a line of a worker's stderr carries, None for any other line."""
+    if not line.startswith(_PREFIX):
+        return None
+    kind, message = json.loads(line.removeprefix(_PREFIX))
+    known: type[SciGptError] = getattr(errors, kind, SciGptError)
+    return known(message)

@@ -1,0 +1,1 @@
+"""Build, pretrain, forecast: from a configuration to the work."""

@@ -1,0 +1,343 @@
+"""Load a model from a run, a checkpoint, an exported folder or the registry, ready to forecast."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig, parse_config
+from sci_gpt.errors import CheckpointError, ConfigError, DataError
+from sci_gpt.model.init import initialize
+from sci_gpt.model.predict import Predictor
+from sci_gpt.model.transformer import SciGPT, build_model
+from sci_gpt.recipes import parts
+from sci_gpt.recipes.film import Film, Notes
+from sci_gpt.recipes.film_grid import tiles
+from sci_gpt.recipes.films import film_kind
+from sci_gpt.train.checkpoint import latest, read_state, read_weights
+from sci_tokenizers.sample import Sample
+from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.table import make_tokenizer
+from sci_tokenizers.variables import VARIABLES, nearest
+
+# Before anything imports MLflow: no usage reports to anybody, no progress bars for a copy of five megabytes.
+for _name, _value in (
+    ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("DO_NOT_TRACK", "true"),
+    ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+):
+    os.environ.setdefault(_name, _value)
+
+EXPORT_FORMAT = 1
+MODEL_JSON = "model.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """What a model remembers of a source: modality, step in s, (variables, rows, columns), its reader's options."""
+
+    modality: str
+    step_seconds: float
+    shape: tuple[int, int, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with all that forecasting needs. Make it with `load_model`.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        predictor: quantiles in physical units for windows of samples.
+        config: of its pretraining run.
+        statistics: of the training split, {source: {channel: ChannelStatistics}}.
+        sources: what it was trained on.
+        fingerprint: of the data store that it was trained on.
+        step: optimizer steps behind these weights; 0 for untrained ones.
+        code_version: of the code that trained it.
+    """
+
+    model: SciGPT
+    predictor: Predictor
+    config: PretrainConfig
+    statistics: Mapping[str, Mapping[str, ChannelStatistics]]
+    sources: Mapping[str, SourceFacts]
+    fingerprint: str
+    step: int
+    code_version: str
+
+    def untrained(self) -> LoadedModel:
+        """The same shape, tokenizers and statistics at the weights that training started from."""
+        model = build_model(self.model.shape, self.model.settings)
+        initialize(model, self.config.seed)
+        predictor = Predictor(model.eval(), parts.tokenizer_settings(self.config), self.statistics)
+        return replace(self, model=model, predictor=predictor, step=0)
+
+    def forecast(
+        self,
+        data: Any,
+        horizon: int,
+        *,
+        quantiles: Sequence[float] = (0.1, 0.5, 0.9),
+        num_samples: int | None = None,
+        seed: int | None = None,
+        notes: Notes | None = None,
+    ) -> Any:
+        """Forecast the steps that follow `data`; the same kind of object comes back.
+
+        Every step from 1 to `horizon` is forecast directly from the data (no step is fed back), so the horizon is
+        limited to the largest lead of the nearest source in training. Quantiles are marginal: per value and lead.
+
+        Args:
+            data: xarray Dataset or DataArray with time, latitude, longitude; pandas DataFrame with a DatetimeIndex and
+                columns named `variable` or `variable [unit]` (or named in `notes`); obspy Stream.
+            horizon: steps ahead, of the data's own step; for a Stream samples at the working rate (see TraceFilm).
+            quantiles: levels within 0..1, ascending.
+            num_samples: refused: trajectories need a noise-conditioned trunk, which this model has not.
+            seed: of the samples, so refused with them.
+            notes: what the data do not say of themselves.
+
+        Returns:
+            xarray with dimensions lead_time and quantile; a long DataFrame; or a Stream with a trace per quantile.
+
+        Raises:
+            ConfigError: a horizon, level or source that the model cannot serve, or `num_samples`.
+            DataError: data too short, without valid values, or not understood.
+        """
+        if num_samples is not None or seed is not None:
+            raise ConfigError(
+                f"num_samples={num_samples}, seed={seed}: this model gives marginal quantiles, no trajectories; "
+                "leave both out and ask for quantiles"
+            )
+        levels = check_levels(quantiles)
+        if horizon < 1:
+            raise ConfigError(f"horizon is at least 1 step, got {horizon}")
+        notes = notes or Notes()
+        if notes.source is not None and notes.source not in self.sources:
+            raise ConfigError(
+                f"source {notes.source!r} is not one that this model knows ({', '.join(self.sources)}); "
+                f"nearest: {nearest(notes.source, self.sources)!r}"
+            )
+        kind = film_kind(data)
+        film = kind(data, notes=notes, options=self._reader_options(kind.modality, notes.source))
+        answers = [self._answer(film, index, horizon=horizon, levels=levels) for index in range(len(film.contexts))]
+        return film.answer(answers, levels)
+
+    def entry(self, sample: Sample) -> MixtureEntry:
+        """The mixture entry whose windows a sample's forecast takes: its own source's, else the nearest step's.
+
+        Raises:
+            ConfigError: the model was trained on no source of this modality.
+        """
+        entries = {entry.source: entry for entry in self.config.mixture}
+        if sample.source in entries and sample.source in self.sources:
+            return entries[sample.source]
+        same = [name for name in entries if name in self.sources and self.sources[name].modality == sample.modality]
+        if not same:
+            trained = sorted({facts.modality for facts in self.sources.values()})
+            raise ConfigError(
+                f"this model was trained on {trained}, and {sample.key!r} is of modality {sample.modality!r}"
+            )
+
+        def distance(name: str) -> tuple[float, int]:
+            ratio = math.log(self.sources[name].step_seconds / sample.step_seconds)
+            return round(abs(ratio), 3), -max(entries[name].leads)
+
+        return entries[min(same, key=distance)]
+
+    def _reader_options(self, modality: str, source: str | None) -> Mapping[str, Any]:
+        """Options of the reader of `source`, else of the first source of this modality in the mixture."""
+        names = [source] if source is not None else [entry.source for entry in self.config.mixture]
+        facts = (self.sources[name] for name in names if name in self.sources)
+        return next((row.options for row in facts if row.modality == modality), {})
+
+    def _refuse_foreign(self, sample: Sample) -> None:
+        """A sample said to be of a trained source must have its channels: their statistics scale it."""
+        known = self.statistics.get(sample.source, {})
+        for channel in sample.channels:
+            if known and channel not in known:
+                raise ConfigError(
+                    f"source {sample.source!r} has no channel {channel!r}, it has {', '.join(known)}; leave --source "
+                    "out for data that are not of it"
+                )
+
+    def _answer(self, film: Film, index: int, *, horizon: int, levels: tuple[float, ...]) -> Any:
+        """Quantiles (levels, horizon, variable, row, column) for one context; grids go tile by tile, as in training."""
+        sample = film.contexts[index]
+        entry = self.entry(sample)
+        self._refuse_foreign(sample)
+        frame_times = make_tokenizer(sample.modality, parts.tokenizer_settings(self.config)).frame_times
+        limit = max(entry.leads) * frame_times
+        if horizon > limit:
+            raise ConfigError(
+                f"horizon {horizon} is beyond {limit} steps of {sample.step_seconds:g} s, the largest lead trained for "
+                f"{entry.source!r} (the nearest source); ask for at most {limit}"
+            )
+        low = entry.context_frames[0]
+        longest = entry.frames - max(entry.leads)  # as evaluated: documents of the trained length
+        num_context = min(longest, sample.num_times // frame_times)
+        if num_context < low:
+            raise DataError(
+                f"{sample.key}: {sample.num_times} time steps are shorter than the context of {low * frame_times} that "
+                f"the model needs (as trained on {entry.source!r}); give a longer record"
+            )
+        context = sample.window(sample.num_times - num_context * frame_times, sample.num_times)
+        if not context.valid.any():
+            raise DataError(
+                f"{sample.key}: none of the last {context.num_times} time steps holds a valid value; mend the data"
+            )
+        num_leads = -(-horizon // frame_times)
+        window = film.extend(context, num_leads * frame_times)
+        leads = tuple(range(1, num_leads + 1))
+        boxes = tiles(*sample.values.shape[2:], tile=self.sources[entry.source].shape[1:])
+        windows = [_crop(window, box) for box in boxes]
+        arrays = self.predictor.quantiles(windows, num_context=num_context, leads=leads, levels=levels)
+        steps = np.empty((len(levels), num_leads * frame_times, *sample.values.shape[1:]), np.float32)
+        for (rows, columns), array in zip(boxes, arrays, strict=True):  # (levels, leads, frame_times, V, rows, columns)
+            steps[..., rows, columns] = array.reshape(len(levels), -1, *array.shape[3:])
+        for v, name in enumerate(sample.variables):  # no negative wind speed, whatever the tail of a distribution
+            steps[:, :, v] = np.clip(steps[:, :, v], VARIABLES[name].minimum, VARIABLES[name].maximum)
+        seen = context.valid.any(axis=0)  # a sensor that is silent, or land under a sea surface, has no forecast
+        return np.where(seen, steps, np.nan)[:, :horizon]
+
+
+def _crop(sample: Sample, box: tuple[slice, slice]) -> Sample:
+    """A tile of a grid (the whole of anything that is one tile)."""
+    rows, columns = box
+    return replace(
+        sample,
+        values=sample.values[:, :, rows, columns],
+        valid=sample.valid[:, :, rows, columns],
+        latitude=sample.latitude[box],
+        longitude=sample.longitude[box],
+        elevation=sample.elevation[box],
+    )
+
+
+def load_model(uri: str | Path, *, tracking_uri: str | None = None) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        uri: a run folder (its newest checkpoint), a checkpoint folder, an exported folder, or `models:/NAME@ALIAS`.
+        tracking_uri: of the registry; left out: MLFLOW_TRACKING_URI, else the embedded one under runs/mlflow.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another model.
+    """
+    torch.set_flush_denormal(True)
+    if str(uri).startswith("models:/"):
+        return _read_export(_registered(str(uri), tracking_uri))
+    folder = Path(uri)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no model folder {str(uri)!r}; give a run folder, a checkpoint or models:/NAME@candidate"
+        )
+    if (folder / MODEL_JSON).exists():
+        return _read_export(folder)
+    checkpoint = latest(folder) if (folder / "checkpoints").is_dir() else folder
+    if checkpoint is None:
+        raise CheckpointError(f"run folder {str(folder)!r} holds no finished checkpoint; let `sci-gpt pretrain` run on")
+    return assemble(read_state(checkpoint), read_weights(checkpoint), where=str(checkpoint))
+
+
+def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, where: str) -> LoadedModel:
+    """A loaded model from a checkpoint's state (or an exported `model.json`) and its whole fp32 weights.
+
+    Raises:
+        CheckpointError: the weights are not those of the model that the state describes.
+    """
+    config = parse_config(dict(state["config"]), PretrainConfig, where=where)
+    statistics = {
+        source: {channel: ChannelStatistics.from_json(row) for channel, row in channels.items()}
+        for source, channels in state["statistics"].items()
+    }
+    known = list(state.get("variables", VARIABLES))
+    if known != list(VARIABLES)[: len(known)]:
+        raise CheckpointError(
+            f"{where}: its variable table differs from this code's; load it with {state['code_version']}"
+        )
+    settings = replace(parts.model_settings(config), num_variables=len(known))
+    model = build_model(parts.model_shape(config), settings)
+    try:
+        model.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: weights do not fit model {config.model.size!r}: {error}") from error
+    model.eval()
+    return LoadedModel(
+        model=model,
+        predictor=Predictor(model, settings.tokenizer, statistics),
+        config=config,
+        statistics=statistics,
+        sources={
+            name: SourceFacts(**{**facts, "shape": tuple(facts["shape"])}) for name, facts in state["sources"].items()
+        },
+        fingerprint=str(state["fingerprint"]),
+        step=int(state["step"]),
+        code_version=str(state["code_version"]),
+    )
+
+
+def check_levels(quantiles: Sequence[float]) -> tuple[float, ...]:
+    """Quantile levels, checked.
+
+    Raises:
+        ConfigError: none, not ascending, or outside 0..1.
+    """
+    levels = tuple(float(level) for level in quantiles)
+    if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
+        raise ConfigError(f"quantiles are ascending levels between 0 and 1, got {list(levels)}")
+    return levels
+
+
+def tracking_address(uri: str | None) -> str:
+    """The tracking server to ask: the given one, else MLFLOW_TRACKING_URI, else the embedded one under runs/mlflow."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or str(TrackingConfig.model_fields["uri"].default)
+
+
+def _read_export(folder: Path) -> LoadedModel:
+    try:
+        state = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
+        if state.get("format") != EXPORT_FORMAT:
+            raise CheckpointError(
+                f"{folder} is of export format {state.get('format')!r}, this code reads {EXPORT_FORMAT}"
+            )
+        found = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        if found != state["weights_sha256"]:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} is damaged: its sha256 differs from {MODEL_JSON}'s; export it again"
+            )
+        return assemble(state, load_file(folder / WEIGHTS), where=str(folder))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"exported model {str(folder)!r} cannot be read: {error}; export it again") from error
+
+
+def _registered(uri: str, tracking_uri: str | None) -> Path:
+    """The exported folder inside a registered model's artifacts."""
+    # Imported here: MLflow takes seconds to load, and only the registry needs it.
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    address = tracking_address(tracking_uri)
+    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).exists():
+        raise CheckpointError(
+            f"no tracking database {address!r} here, so no {uri!r}; run `sci-gpt pretrain` or set MLFLOW_TRACKING_URI"
+        )
+    try:
+        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=address))
+    except MlflowException as error:
+        raise CheckpointError(f"{uri!r} is not in the registry at {address!r}: {error.message}") from error
+    flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
+    return root / flavor["artifacts"]["model"]["path"]

@@ -1,0 +1,111 @@
+"""From the configuration tree to the settings of the parts: the one place where config nodes become plain arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sci_gpt.config import PretrainConfig
+from sci_gpt.data.windows import WindowSpec
+from sci_gpt.errors import ConfigError
+from sci_gpt.model.shapes import SHAPES, ModelShape
+from sci_gpt.model.transformer import ModelSettings
+from sci_gpt.parallel.engine import AdamWSettings
+from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.train.feed import Rows
+from sci_gpt.train.schedule import Schedule
+from sci_gpt.train.tracker import TrackingTarget
+from sci_tokenizers.tokenizer import TokenizerSettings
+
+
+def tokenizer_settings(config: PretrainConfig) -> TokenizerSettings:
+    """Sizes of tokens."""
+    return TokenizerSettings(**config.tokenizer.model_dump())
+
+
+def window_specs(config: PretrainConfig) -> tuple[WindowSpec, ...]:
+    """The mixture's windows."""
+    return tuple(WindowSpec(**entry.model_dump()) for entry in config.mixture)
+
+
+def model_shape(config: PretrainConfig) -> ModelShape:
+    """The trunk that `model.size` names.
+
+    Raises:
+        ConfigError: no such size.
+    """
+    if config.model.size not in SHAPES:
+        raise ConfigError(f"model.size is one of {', '.join(SHAPES)}, got {config.model.size!r}")
+    return SHAPES[config.model.size]
+
+
+def model_settings(config: PretrainConfig) -> ModelSettings:
+    """What beside the trunk decides the parameters."""
+    return ModelSettings(tokenizer=tokenizer_settings(config), mixture_components=config.model.mixture_components)
+
+
+def parallel_plan(config: PretrainConfig) -> ParallelPlan:
+    """The layout.
+
+    Raises:
+        ConfigError: a layout that gives wrong numbers (bf16 at ZeRO 0).
+    """
+    parallel = config.parallel
+    return ParallelPlan(
+        data_parallel=parallel.processes,
+        zero_stage=parallel.zero_stage,
+        accumulation=parallel.accumulation,
+        dtype=parallel.dtype,
+    )
+
+
+def adamw_settings(config: PretrainConfig) -> AdamWSettings:
+    """The optimizer."""
+    return AdamWSettings(**config.optimizer.model_dump())
+
+
+def schedule(config: PretrainConfig) -> Schedule:
+    """Warm-up, stable, cooldown at the optimizer's rate."""
+    return Schedule(peak=config.optimizer.learning_rate, **config.schedule.model_dump())
+
+
+def tracking_target(config: PretrainConfig) -> TrackingTarget:
+    """Where the run is tracked."""
+    tracking = config.tracking
+    return TrackingTarget(
+        uri=tracking.uri, artifacts=tracking.artifacts, experiment=tracking.experiment, run_name=config.name
+    )
+
+
+def step_rows(config: PretrainConfig, *, rank: int) -> Rows:
+    """A rank's place in the rows of a step."""
+    return Rows(
+        rows=config.rows_per_step,
+        row_length=config.row_length,
+        rank=rank,
+        world=config.parallel.processes,
+        accumulation=config.parallel.accumulation,
+    )
+
+
+def identity(config: PretrainConfig, fingerprint: str) -> dict[str, Any]:
+    """What must be equal for a run to go on from a checkpoint: all that decides its samples, its model and its loss.
+
+    Schedule, optimizer and layout are free: a run may be prolonged, or go on over more processes.
+    """
+    tree = config.model_dump(mode="json")
+    names = ("seed", "mixture", "row_length", "rows_per_step", "shuffle_time", "tokenizer", "model", "loss_factor")
+    return {"fingerprint": fingerprint} | {name: tree[name] for name in names}
+
+
+def loss_factor(config: PretrainConfig) -> dict[str, float]:
+    """Factor per modality.
+
+    Raises:
+        ConfigError: a modality without one (0 leaves it out of the loss).
+    """
+    missing = [name for name in ("grid", "series", "trace") if name not in config.loss_factor]
+    if missing:
+        raise ConfigError(
+            f"loss_factor names every modality (0 leaves one out of the loss); missing: {', '.join(missing)}"
+        )
+    return {str(name): float(value) for name, value in config.loss_factor.items()}

@@ -1,0 +1,230 @@
+"""Pretrain: one process of a run, from its configuration and the store to the loss; reads top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from sci_gpt.config import PretrainConfig, load_config, show_config
+from sci_gpt.data.loader import Corpus, packing_report
+from sci_gpt.data.store import Store
+from sci_gpt.errors import CheckpointError
+from sci_gpt.model.init import initialize
+from sci_gpt.model.transformer import build_model
+from sci_gpt.parallel.engine import Engine
+from sci_gpt.parallel.worker import refusing
+from sci_gpt.parallel.world import World
+from sci_gpt.recipes import parts
+from sci_gpt.recipes.validation import Validation
+from sci_gpt.train import fragments
+from sci_gpt.train.checkpoint import Reader, latest, read_state, step_folder
+from sci_gpt.train.commit import CheckpointWriter
+from sci_gpt.train.feed import Prefetch, StepReader
+from sci_gpt.train.journal import Progress, RunJournal, history
+from sci_gpt.train.objective import NextFrame
+from sci_gpt.train.resume import check_same_run, code_version
+from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker
+from sci_gpt.train.signals import Requests
+from sci_gpt.train.tracker import Tracker
+from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
+from sci_tokenizers.variables import VARIABLES
+
+_BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
+
+
+def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
+    """Train one run, or go on with it from its newest checkpoint. Every process of the run calls this.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see the parts. Until all checks have passed, nothing is written.
+    """
+    store = Store.open(config.data)
+    tokenizer = parts.tokenizer_settings(config)
+    corpus = Corpus(
+        store, parts.window_specs(config), seed=config.seed, settings=tokenizer, shuffle_time=config.shuffle_time
+    )
+    plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
+    identity = parts.identity(config, store.fingerprint)
+    checkpoint, step, next_sample = _where_to_go_on(config.output, identity)
+    model = build_model(parts.model_shape(config), parts.model_settings(config))
+    num_parameters = model.num_parameters
+    _refuse_full_disk(config, num_parameters)
+
+    world = World.start(threads=config.parallel.threads_per_process)
+    initialize(model, config.seed)
+    validation = Validation(config, store, world=world)
+    engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
+    if checkpoint is not None:
+        fragments.load(engine, Reader(checkpoint))
+    with ExitStack() as stack:
+        writer = _open_run(config, world, stack=stack, step=step)
+        reader = StepReader(corpus, parts.step_rows(config, rank=world.rank), settings=tokenizer)
+        tracker = None
+        if world.rank == 0:
+            _introduce(config, corpus, num_parameters=num_parameters, checkpoint=checkpoint)
+            tracker = _track(config, store)
+        journal = RunJournal(config.output, rank=world.rank, progress=Progress(schedule.steps), tracker=tracker)
+        trainer = Trainer(
+            Parts(
+                engine=engine,
+                feed=Prefetch(reader),
+                objective=NextFrame(settings=tokenizer, device=world.device),
+                journal=journal,
+                save=_saver(writer, engine, state=_state(config, store, identity=identity), tracker=tracker),
+                validate=validation,
+                requests=requests,
+                name=reader.name,
+            ),
+            Settings(
+                schedule=schedule,
+                factor=factor,
+                checkpoint_every=config.checkpoint.every,
+                validate_every=config.validation.every,
+            ),
+            step=step,
+            next_sample=next_sample,
+        )
+        outcome = trainer.run()
+        journal.close()
+        if world.rank == 0:
+            _mark_end(config.output, outcome)
+        if tracker is not None:
+            tracker.close("KILLED" if outcome.stopped else "FINISHED")
+    world.stop()
+    return outcome
+
+
+def _where_to_go_on(run: Path, identity: dict[str, Any]) -> tuple[Path | None, int, int]:
+    """(newest checkpoint, completed steps, n(t)); (None, 0, 0) for a new run."""
+    checkpoint = latest(run)
+    if checkpoint is None:
+        return None, 0, 0
+    state = read_state(checkpoint)
+    check_same_run(state["identity"], identity, checkpoint=checkpoint)
+    return checkpoint, int(state["step"]), int(state["next_sample"])
+
+
+def _refuse_full_disk(config: PretrainConfig, num_parameters: int) -> None:
+    """Before anything is written: room for the checkpoints that will be kept and the one being written."""
+    need = (config.checkpoint.keep + 1) * num_parameters * _BYTES_PER_PARAMETER
+    folder = config.output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"no space for the checkpoints of {str(config.output)!r}: {config.checkpoint.keep} kept and one being "
+            f"written need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room or lower checkpoint.keep"
+        )
+
+
+def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: int) -> CheckpointWriter:
+    """Take the run folder: rank 0 locks it, cuts the logs back to `step`, removes torn checkpoints; the others wait."""
+    session = uuid.uuid4().hex
+    if world.rank == 0:
+        stack.enter_context(locked(config.output))
+        cut_back(config.output, step)
+        (config.output / CONFIG).write_text(show_config(config), encoding="utf-8")
+        for folder in CheckpointWriter.remove_torn(config.output):
+            print(
+                f"warning: {folder} is torn (a save that never finished): ignored and removed",
+                file=sys.stderr,
+                flush=True,
+            )
+    session = world.share(session)
+    return CheckpointWriter(
+        config.output, rank=world.rank, size=world.size, session=session, keep=config.checkpoint.keep
+    )
+
+
+def _introduce(config: PretrainConfig, corpus: Corpus, *, num_parameters: int, checkpoint: Path | None) -> None:
+    packing = packing_report(corpus, rows=config.rows_per_step, row_length=config.row_length)
+    facts = [
+        f"{config.name}: {num_parameters:,} parameters",
+        f"{config.rows_per_step} rows x {config.row_length} tokens per step",
+        f"{100 * packing['mixed_rows']:.0f} % of rows hold two or more modalities",
+        f"fill {100 * packing['fill']:.1f} %",
+        f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}",
+    ]
+    print(" | ".join(facts), flush=True)
+    if checkpoint is not None:
+        print(f"resumes from {checkpoint}", flush=True)
+
+
+def _track(config: PretrainConfig, store: Store) -> Tracker:
+    return Tracker(
+        parts.tracking_target(config),
+        config.output,
+        parameters=config.model_dump(mode="json"),
+        tags={"fingerprint": store.fingerprint, "code_version": code_version()},
+        artifacts=(config.output / CONFIG,),
+        history=history(config.output),
+    )
+
+
+def _state(config: PretrainConfig, store: Store, *, identity: dict[str, Any]) -> dict[str, Any]:
+    """What of state.json does not change during a run."""
+    tree = config.model_dump(mode="json")
+    return {
+        "identity": identity,
+        "config": tree,
+        "tokenizers": tree["tokenizer"],
+        "fingerprint": store.fingerprint,
+        "code_version": code_version(),
+        "variables": list(VARIABLES),
+        "statistics": {
+            source: {channel: row.to_json() for channel, row in channels.items()}
+            for source, channels in store.statistics.items()
+        },
+        "sources": {
+            source: {
+                "modality": store.modality(source),
+                "step_seconds": store.step_seconds(source),
+                "shape": list(store.shape(source)),
+                "options": store.manifest["sources"][source].get("options", {}),
+            }
+            for source in store.sources
+        },
+    }
+
+
+def _saver(
+    writer: CheckpointWriter, engine: Engine, *, state: dict[str, Any], tracker: Tracker | None
+) -> Callable[[int, int], None]:
+    def save(step: int, next_sample: int) -> None:
+        changing = {
+            "step": step,
+            "next_sample": next_sample,
+            "schedule": state["config"]["schedule"] | {"completed": step},
+            "mlflow_run": tracker.run_id if tracker is not None else None,
+        }
+        writer.save(step, fragments.hold(engine), state=changing | state)
+
+    return save
+
+
+def _mark_end(run: Path, outcome: Outcome) -> None:
+    """A requeue marker beside a checkpoint from which the run should go on, or the mark of a complete run."""
+    checkpoint = step_folder(run, outcome.step).relative_to(run)
+    name = REQUEUE if outcome.stopped else COMPLETE
+    write_marker(run, name, content={"step": outcome.step, "checkpoint": str(checkpoint)})
+    print(
+        f"{'stopped after' if outcome.stopped else 'complete:'} {outcome.step} steps, saved in {run / checkpoint}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """A worker process: `python -m sci_gpt.recipes.pretrain CONFIG`, RANK and WORLD_SIZE in the environment."""
+    requests = Requests()
+    with refusing(), requests.listening():
+        pretrain(load_config(Path(sys.argv[1]), PretrainConfig), requests)
+
+
+if __name__ == "__main__":
+    main()

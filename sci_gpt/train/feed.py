@@ -1,0 +1,183 @@
+"""Feed: from n(t) to what this rank consumes in step t: micro-batches, sample keys, what could not be read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import get_args
+
+import numpy as np
+
+from sci_gpt.data.loader import Corpus, StepPlan, deal, plan_step
+from sci_gpt.errors import DataError
+from sci_tokenizers.packing import Batch, Payload, collate
+from sci_tokenizers.sample import Modality, Sample
+from sci_tokenizers.table import make_tokenizer
+from sci_tokenizers.tokenizer import TokenizerSettings
+from sci_tokenizers.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """What one rank consumes in one step.
+
+    Attributes:
+        first, next_sample: n(t) and n(t + 1), the same on every rank.
+        batches: micro-batches of this rank, as many as the plan accumulates.
+        samples, keys: sample numbers and keys of this rank's documents, in order.
+        dealt: sample numbers of every rank, to name the rows of a broken step.
+        num_tokens: tokens of the whole step, over all ranks.
+        passed_over: this rank's samples that could not be read; they weigh nothing.
+    """
+
+    first: int
+    next_sample: int
+    batches: tuple[Batch, ...]
+    samples: tuple[int, ...]
+    keys: tuple[str, ...]
+    dealt: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    passed_over: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A rank's place and the size of a step: rows and row length belong to the run, the rest to the layout."""
+
+    rows: int
+    row_length: int
+    rank: int
+    world: int
+    accumulation: int
+
+
+class StepReader:
+    """Reads the rows of a step for one rank; a pure function of n(t)."""
+
+    def __init__(self, corpus: Corpus, rows: Rows, *, settings: TokenizerSettings) -> None:
+        self.corpus, self.rows = corpus, rows
+        self._empty = empty_payloads(settings)
+
+    def __call__(self, n: int) -> StepRows:
+        """The step that starts at sample n.
+
+        Raises:
+            DataError: a document is longer than a row.
+        """
+        rows = self.rows
+        plan = plan_step(self.corpus, n, rows=rows.rows, row_length=rows.row_length)
+        cost = [sum(self.corpus.length(i) ** 2 for i in row) for row in plan.rows]
+        # Each rank stands for `accumulation` neighbouring places among world x accumulation.
+        places = rows.world * rows.accumulation
+        shares = [deal(plan, rank=place, world=places, cost=cost) for place in range(places)]
+        mine = shares[rows.rank * rows.accumulation : (rows.rank + 1) * rows.accumulation]
+        batches, passed_over = [], 0
+        for share in mine:
+            batch, missing = self._batch(plan, share)
+            batches.append(batch)
+            passed_over += missing
+        numbers = [tuple(i for row in share for i in row) for share in shares]
+        return StepRows(
+            first=plan.first,
+            next_sample=plan.next_sample,
+            batches=tuple(batches),
+            samples=tuple(i for batch in batches for i in batch.numbers),
+            keys=tuple(key for batch in batches for key in batch.keys),
+            dealt=tuple(
+                tuple(i for share in numbers[r * rows.accumulation : (r + 1) * rows.accumulation] for i in share)
+                for r in range(rows.world)
+            ),
+            num_tokens=sum(self.corpus.length(i) for row in plan.rows for i in row),
+            passed_over=passed_over,
+        )
+
+    def name(self, n: int) -> str:
+        """A sample number with its source and window, for messages (nothing is read)."""
+        source, window, _ = self.corpus.order.sample(n)
+        return f"sample {n} ({self.corpus.specs[source].source} window {window})"
+
+    def _batch(self, plan: StepPlan, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, int]:
+        documents: list[list[Tokens]] = []
+        numbers: list[list[int]] = []
+        passed_over = 0
+        for row in share:
+            documents.append([])
+            numbers.append([])
+            for i in row:
+                try:
+                    documents[-1].append(self.corpus.document(i))
+                    numbers[-1].append(i)
+                except (
+                    DataError,
+                    ValueError,
+                ) as error:  # its place stays empty, so that the order of the others does not move
+                    passed_over += 1
+                    print(f"warning: {self.name(i)} is passed over: {error}", file=sys.stderr, flush=True)
+        batch = collate(documents, plan.row_length, numbers=numbers)
+        return replace(batch, payloads=self._empty | batch.payloads), passed_over
+
+
+class Prefetch:
+    """Reads the next step in a thread while this one is computed."""
+
+    def __init__(self, read: Callable[[int], StepRows]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._coming: tuple[int, Future[StepRows]] | None = None
+
+    def get(self, n: int) -> tuple[StepRows, float]:
+        """The step that starts at sample n, and the seconds that the caller waited for it."""
+        start = time.monotonic()
+        if self._coming is None or self._coming[0] != n:
+            self._coming = (n, self._pool.submit(self._read, n))
+        rows = self._coming[1].result()
+        waited = time.monotonic() - start
+        self._coming = (rows.next_sample, self._pool.submit(self._read, rows.next_sample))
+        return rows, waited
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def empty_payloads(settings: TokenizerSettings) -> dict[str, Payload]:
+    """A payload of no tokens for each modality.
+
+    A batch gets it for a modality that it lacks. Modules then run on no tokens at all and still get a gradient (of
+    zeros): otherwise a rank whose rows lack a modality would leave its parameters out, and ZeRO's collectives would
+    deadlock.
+    """
+    payloads = {}
+    for name in get_args(Modality):
+        tokenizer = make_tokenizer(name, settings)
+        sample = _smallest_sample(name, times=2 * tokenizer.frame_times, side=settings.grid_patch)
+        tokens = tokenizer.encode(sample, num_context=1, leads=(1,), statistics=None)
+        one = collate([[tokens]], tokens.num_tokens).payloads[name]
+        payloads[name] = Payload(**{field.name: getattr(one, field.name)[:0] for field in fields(Payload)})
+    return payloads
+
+
+def _smallest_sample(modality: Modality, *, times: int, side: int) -> Sample:
+    """A sample of zeros from which only the shapes of its tokens are taken."""
+    place = (side, side) if modality == "grid" else (1, 1)
+    phase = np.zeros(times, np.float32)
+    latitude, longitude = (axis.astype(np.float32) for axis in np.indices(place))  # a grid's spacing must not be 0
+    return Sample(
+        key="none/none",
+        source="none",
+        modality=modality,
+        variables=("digitizer_counts_vertical" if modality == "trace" else "air_temperature",),
+        levels=(np.nan,),
+        values=np.zeros((times, 1, *place), np.float32),
+        valid=np.ones((times, 1, *place), bool),
+        time=np.arange(times, dtype=np.float64),
+        year_phase=phase,
+        day_phase=phase,
+        step_seconds=1.0,
+        latitude=latitude,
+        longitude=longitude,
+        elevation=np.zeros(place, np.float32),
+    )

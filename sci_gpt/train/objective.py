@@ -1,0 +1,39 @@
+"""The training objective of a batch: valid weights before the forward pass, weighted loss sums after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sci_gpt.model.heads import Prediction
+from sci_gpt.model.inputs import ModelInputs, to_inputs
+from sci_gpt.model.loss import valid_weights, weighted_sums
+from sci_tokenizers.packing import Batch
+from sci_tokenizers.tokenizer import TokenizerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextFrame:
+    """Objective "next frame": a token predicts the payload some frames ahead."""
+
+    settings: TokenizerSettings
+    device: torch.device
+
+    def inputs(self, batch: Batch) -> ModelInputs:
+        """A batch on the device."""
+        return to_inputs(batch, self.device)
+
+    def weights(self, inputs: ModelInputs) -> dict[str, float]:
+        """Valid weight per modality."""
+        return valid_weights(inputs)
+
+    def sums(self, predictions: dict[str, Prediction], inputs: ModelInputs) -> dict[str, Tensor]:
+        """Sum of loss x weight per modality, fp32 scalars (the distribution is evaluated in fp32 under bf16 too)."""
+        return weighted_sums({name: _in_fp32(one) for name, one in predictions.items()}, inputs, self.settings)
+
+
+def _in_fp32(prediction: Any) -> Any:
+    return replace(prediction, **{name: value.float() for name, value in vars(prediction).items()})

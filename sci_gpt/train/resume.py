@@ -1,0 +1,61 @@
+"""Resume: what must be equal between a checkpoint and the run that wants to go on from it, and the code version."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sci_gpt.errors import CheckpointError
+from sci_gpt.train.tracker import flatten
+
+_SHOWN = 4
+
+
+def check_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], *, checkpoint: Path) -> None:
+    """Compare what decides the samples and the model of a run (fingerprint, seed, mixture, model and more).
+
+    Args:
+        saved: `identity` of the checkpoint's state.json.
+        mine: of the run that is starting.
+        checkpoint: its folder, for the message.
+
+    Raises:
+        CheckpointError: anything differs; the message says what, and both values.
+    """
+    there, here = flatten(saved), flatten(mine)
+    differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+    if differ:
+        listed = "; ".join(
+            f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in differ[:_SHOWN]
+        )
+        more = f" and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+        raise CheckpointError(
+            f"{checkpoint} is of another run: {listed}{more}; give this run another output, or restore what it had"
+        )
+
+
+def code_version() -> str:
+    """Commit of the source tree this runs from ("-dirty" where files differ from it), or the package's version."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        try:
+            commit = _git(root, "rev-parse", "HEAD")
+            return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        except (OSError, subprocess.SubprocessError):
+            return f"{_version()} (a source tree whose commit cannot be read)"
+    return _version()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("sci-gpt")
+    except metadata.PackageNotFoundError:
+        return "unknown"

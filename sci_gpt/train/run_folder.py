@@ -1,0 +1,106 @@
+"""The run folder: names of its files, its lock, appended logs that a resume cuts back, and the end markers."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sci_gpt.errors import CheckpointError, ConfigError
+
+CONFIG = "config.yaml"
+LOG = "log.jsonl"
+COMPLETE = "complete.json"
+REQUEUE = "requeue"
+TRACKING = "tracking.json"
+
+
+def keys_log(run: Path, rank: int) -> Path:
+    """Where a rank writes the samples that it consumed: one line per step."""
+    return run / "keys" / f"rank-{rank}.jsonl"
+
+
+def read_complete(run: Path) -> dict[str, Any] | None:
+    """What a finished run left: {"step", "checkpoint"} (the path relative to the run), None while it is not finished.
+
+    Raises:
+        CheckpointError: the run is marked complete, but its last checkpoint is gone.
+    """
+    path = run / COMPLETE
+    if not path.exists():
+        return None
+    complete: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not (run / complete["checkpoint"] / "manifest.json").exists():
+        raise CheckpointError(
+            f"{path} says that the run is complete, but {complete['checkpoint']!r} holds no checkpoint; "
+            f"delete {path} to train on from the last one, or the folder to start anew"
+        )
+    return complete
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder: two trainings of one run would write over each other. The system frees it with the process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process is training in {run}; wait for it, stop it, or give this run another output"
+            ) from error
+        yield
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line cut by a kill is left out, a missing file holds none."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_back(run: Path, step: int) -> None:
+    """Remove what the logs hold beyond the checkpoint of `step` from which the run goes on, and the end markers."""
+    for path in [run / LOG, *sorted((run / "keys").glob("rank-*.jsonl"))]:
+        records = read_lines(path)
+        if records or path.exists():
+            kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(kept, encoding="utf-8")
+            partial.replace(path)
+    for name in (COMPLETE, REQUEUE):
+        (run / name).unlink(missing_ok=True)
+
+
+def write_marker(run: Path, name: str, *, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file in one piece."""
+    partial = run / f"{name}.partial"
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(run / name)
+
+
+class LineLog:
+    """Appends records to a .jsonl file; each line is handed to the system at once, so that a kill loses none."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it."""
+        os.fsync(self._file.fileno())
+        self._file.close()

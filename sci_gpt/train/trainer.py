@@ -1,0 +1,290 @@
+"""Trainer: the loop over steps. It is handed its parts and builds none of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.parallel.engine import Engine, StepOutcome
+from sci_gpt.train.agreement import Agreement, Report, agree
+from sci_gpt.train.feed import StepRows
+from sci_gpt.train.schedule import Schedule
+from sci_gpt.train.signals import Requests
+
+MOST_BROKEN_STEPS = 10
+
+Scores = dict[str, dict[str, float]]
+
+
+class Objective(Protocol):
+    """From a batch to its loss (train/objective.py)."""
+
+    def inputs(self, batch: Any) -> Any:
+        """The batch on the device."""
+
+    def weights(self, inputs: Any) -> dict[str, float]:
+        """Valid weight per modality, known before the forward pass."""
+
+    def sums(self, predictions: Any, inputs: Any) -> dict[str, Tensor]:
+        """Sum of loss x weight per modality."""
+
+
+class Feed(Protocol):
+    """From n(t) to this rank's rows (train/feed.py)."""
+
+    def get(self, n: int) -> tuple[StepRows, float]:
+        """The step that starts at sample n, and the seconds waited for it."""
+
+    def close(self) -> None:
+        """End its thread."""
+
+
+class Journal(Protocol):
+    """Where a run's records go (train/journal.py)."""
+
+    def consumed(self, step: int, rows: StepRows) -> None:
+        """This rank's samples of a step (a rank-local record)."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A completed step: the same record on every rank."""
+
+    def validation(self, step: int, scores: Scores) -> None:
+        """Scores of the validation split after a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the trainer works with.
+
+    Attributes:
+        engine, feed, objective, journal: see their classes.
+        save: (completed steps, next sample) -> None writes a checkpoint; called by every rank.
+        validate: model -> {modality: {"loss", "skill"}}; called by every rank.
+        requests: signals.
+        name: of a sample number, for messages.
+    """
+
+    engine: Engine
+    feed: Feed
+    objective: Objective
+    journal: Journal
+    save: Callable[[int, int], None]
+    validate: Callable[[nn.Module], Scores]
+    requests: Requests
+    name: Callable[[int], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the run decides.
+
+    Attributes:
+        schedule: steps and learning rate.
+        factor: of each modality in the loss.
+        checkpoint_every, validate_every: steps between them.
+        most_passed_over: samples that may be unreadable, over all ranks since the start, before the run stops.
+    """
+
+    schedule: Schedule
+    factor: dict[str, float]
+    checkpoint_every: int
+    validate_every: int
+    most_passed_over: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How far the run came: completed steps, n(t) after them, and whether it was asked to stop before the end."""
+
+    step: int
+    next_sample: int
+    stopped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step whose loss the other ranks do not know yet."""
+
+    rows: StepRows
+    agreement: Agreement
+    sums: dict[str, float]
+    outcome: StepOutcome
+    record: dict[str, Any]
+
+
+class Trainer:
+    """Runs steps until the schedule ends or a signal comes.
+
+    Args:
+        parts, settings: see their classes.
+        step, next_sample: where to go on: completed steps and n(t), of the checkpoint that the engine holds.
+    """
+
+    def __init__(self, parts: Parts, settings: Settings, *, step: int = 0, next_sample: int = 0) -> None:
+        self.parts, self.settings = parts, settings
+        self.step, self.next_sample = step, next_sample
+        self._pending: _Pending | None = None
+        self._broken_in_a_row = 0
+        self._saved_step = step
+        self._passed_over = 0
+
+    def run(self) -> Outcome:
+        """Train; a checkpoint of the last completed step is committed when this returns.
+
+        Raises:
+            ConfigError: ten steps in a row had a loss or gradient that was not finite.
+            DataError: more samples could not be read than `most_passed_over`.
+            CheckpointError: a checkpoint could not be written.
+        """
+        settings, stopped = self.settings, False
+        while self.step < settings.schedule.steps and not stopped:
+            agreement = self._train_step()
+            last = self.step == settings.schedule.steps
+            stopped = agreement.stop and not last
+            validate = last or self.step % settings.validate_every == 0
+            save = last or stopped or agreement.save or self.step % settings.checkpoint_every == 0
+            if validate or save or self._broken_in_a_row >= MOST_BROKEN_STEPS:
+                self._settle()
+            if self._broken_in_a_row >= MOST_BROKEN_STEPS:
+                raise ConfigError(self._too_many_broken())
+            if validate:
+                with self.parts.engine.precision():
+                    scores = self.parts.validate(self.parts.engine.module)
+                self.parts.journal.validation(self.step, scores)
+            if save:
+                self.parts.save(self.step, self.next_sample)
+                self._saved_step = self.step
+        self.parts.feed.close()
+        return Outcome(step=self.step, next_sample=self.next_sample, stopped=stopped)
+
+    def _train_step(self) -> Agreement:
+        begun = time.monotonic()
+        rows, waited = self.parts.feed.get(self.next_sample)
+        inputs = [self.parts.objective.inputs(batch) for batch in rows.batches]
+        agreement = agree(self.parts.engine.world, self._report(rows, inputs, waited=waited))
+        self._complete(agreement)
+        self._passed_over += agreement.passed_over
+        if self._passed_over > self.settings.most_passed_over:
+            raise DataError(
+                f"{self._passed_over} samples could not be read, more than the {self.settings.most_passed_over} that a "
+                f"run passes over (up to step {self.step + 1}); build the store again; the causes are named above"
+            )
+        rate = self.settings.schedule.learning_rate(self.step)
+        sums, outcome = self._optimize(inputs, agreement, rate=rate)
+        self.step += 1
+        self.next_sample = rows.next_sample
+        self._broken_in_a_row = 0 if outcome.applied or self._weightless(agreement) else self._broken_in_a_row + 1
+        self.parts.journal.consumed(self.step, rows)
+        record = {
+            "step": self.step,
+            "next_sample": self.next_sample,
+            "tokens": rows.num_tokens,
+            "passed_over": agreement.passed_over,
+            "learning_rate": rate,
+            "gradient_norm": outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None,
+            "applied": outcome.applied,
+            "wait_seconds": agreement.wait_seconds,
+            "seconds": time.monotonic() - begun,
+        }
+        self._pending = _Pending(rows=rows, agreement=agreement, sums=sums, outcome=outcome, record=record)
+        return agreement
+
+    def _report(self, rows: StepRows, inputs: list[Any], *, waited: float) -> Report:
+        weight: dict[str, float] = {}
+        for one in inputs:
+            for modality, value in self.parts.objective.weights(one).items():
+                weight[modality] = weight.get(modality, 0.0) + value
+        return Report(
+            weight=weight,
+            passed_over=rows.passed_over,
+            stop=self.parts.requests.stop,
+            save=self.parts.requests.take_save(),
+            wait_seconds=waited,
+            previous_loss=self._previous_loss(),
+            previous_broken=self._previous_broken(),
+        )
+
+    def _optimize(
+        self, inputs: list[Any], agreement: Agreement, *, rate: float
+    ) -> tuple[dict[str, float], StepOutcome]:
+        """Forward, backward and update; loss sums of this rank per modality.
+
+        A rank back-propagates its weighted sum x data_parallel x accumulation / global weight; DeepSpeed divides
+        by both: the gradient is that of (weighted sum over all ranks) / (weight over all ranks) at every layout.
+        """
+        engine, factor = self.parts.engine, self.settings.factor
+        if self._weightless(agreement):  # nothing valid on any rank; all of them see that, so none waits for another
+            return {}, StepOutcome(applied=False, gradient_norm=0.0)
+        engine.set_learning_rate(rate)
+        scale = engine.plan.loss_multiplier / agreement.global_weight(factor)
+        totals: dict[str, float] = {}
+        outcome = StepOutcome(applied=False, gradient_norm=math.nan)
+        for one in inputs:
+            sums = self.parts.objective.sums(engine(one), one)
+            local = {modality: float(value.detach()) for modality, value in sums.items()}
+            for modality, value in local.items():
+                totals[modality] = totals.get(modality, 0.0) + value
+            loss = torch.stack([factor[modality] * value for modality, value in sums.items()]).sum() * scale
+            if not all(math.isfinite(value) for value in local.values()):
+                loss = loss * math.nan  # a broken loss may have a finite gradient: make all ranks see it in the norm
+            engine.backward(loss)
+            outcome = engine.step()
+        return totals, outcome
+
+    def _weightless(self, agreement: Agreement) -> bool:
+        return agreement.global_weight(self.settings.factor) <= 0.0
+
+    def _previous_broken(self) -> bool:
+        return self._pending is not None and not all(math.isfinite(v) for v in self._pending.sums.values())
+
+    def _previous_loss(self) -> dict[str, float]:
+        return self._pending.sums if self._pending and not self._previous_broken() else {}
+
+    def _settle(self) -> None:
+        """Exchange the last step's loss now, for whoever needs the record before the next step (a collective)."""
+        if self._pending is not None:
+            report = Report(previous_loss=self._previous_loss(), previous_broken=self._previous_broken())
+            self._complete(agree(self.parts.engine.world, report))
+
+    def _complete(self, agreement: Agreement) -> None:
+        """The previous step's loss is known: write its record."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        weight, factor = pending.agreement.weight, self.settings.factor
+        broken = bool(agreement.previous_broken) or not (pending.outcome.applied or self._weightless(pending.agreement))
+        record = dict(pending.record)
+        whole = pending.agreement.global_weight(factor)
+        finite = whole > 0 and not agreement.previous_broken
+        losses = agreement.previous_loss
+        record["loss"] = sum(factor[m] * losses[m] for m in losses) / whole if finite else None
+        record["losses"] = {m: losses[m] / weight[m] for m in losses if weight[m] > 0} if finite else {}
+        record["weights"] = weight
+        if broken:
+            ranks = agreement.previous_broken or tuple(range(len(pending.rows.dealt)))
+            names = [self.parts.name(n) for rank in ranks for n in pending.rows.dealt[rank]]
+            record["broken_rows"] = names
+            if self.parts.engine.world.rank == 0:
+                what = "loss" if agreement.previous_broken else "gradient"
+                message = (
+                    f"warning: step {record['step']} is skipped on all ranks: the {what} is not finite in the rows of"
+                )
+                print(
+                    f"{message} {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}", file=sys.stderr, flush=True
+                )
+        self.parts.journal.step(record)
+
+    def _too_many_broken(self) -> str:
+        return (
+            f"{MOST_BROKEN_STEPS} steps in a row, the last of them step {self.step}, had a loss or gradient that is "
+            "not finite; lower optimizer.learning_rate, or look at the rows named above; the last checkpoint is of "
+            f"step {self._saved_step}"
+        )

@@ -1,0 +1,195 @@
+"""A worker of test_parallel_engine.py: trains, saves, loads and breaks small engines at every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.comm.torch import build_shm_op
+from torch import Tensor, nn
+
+from sci_gpt.parallel.engine import AdamWSettings, Engine
+from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.world import World
+from sci_gpt.train import fragments
+from sci_gpt.train.checkpoint import Reader, step_folder
+from sci_gpt.train.commit import CheckpointWriter
+from sci_gpt.train.signals import Requests
+
+ADAMW = AdamWSettings(learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip=0.05)
+STEPS, SAVED = 5, 3
+ROWS = 6
+PAIRS = [(1, 1), (1, 3), (3, 3), (3, 1), (1, 0), (0, 2), (2, 0), (2, 3)]
+
+
+class Net(nn.Module):
+    """Odd sizes, a tied, a frozen and an unused parameter: what a layout can get wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.first = nn.Linear(5, 7)
+        self.second = nn.Linear(7, 5, bias=False)
+        self.tied = self.second.weight
+        self.gain = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Parameter(torch.full((3,), 0.1), requires_grad=False)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 5) to (rows, 5)."""
+        hidden = torch.tanh(self.first(x)) * self.gain
+        return self.second(hidden) + self.frozen.sum() * (hidden @ self.tied.t())
+
+
+def rows(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets (6, 5) and weights (6,) of a step; the last rows weigh much more than the first."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x, y = torch.randn(2, ROWS, 5, generator=generator)
+    return x, y, torch.tensor([1.0, 0.0, 2.0, 5.0, 1.0, 9.0])
+
+
+def weighted_sum(model: Any, step: int, take: slice) -> Tensor:
+    """Sum of weight x squared error over some rows of a step."""
+    x, y, weight = (part[take] for part in rows(step))
+    return (((model(x) - y) ** 2).mean(dim=1) * weight).sum()
+
+
+def reference() -> list[dict[str, float]]:
+    """The same steps in plain torch, in one process."""
+    model = Net()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": ADAMW.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=ADAMW.learning_rate, betas=ADAMW.betas, eps=ADAMW.epsilon)
+    seen = []
+    for step in range(STEPS):
+        loss = weighted_sum(model, step, slice(None)) / rows(step)[2].sum()
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(trained, ADAMW.clip))
+        adam.step()
+        adam.zero_grad()
+        seen.append({"loss": float(loss), "norm": norm})
+    return seen
+
+
+def make(world: World, **layout: Any) -> Engine:
+    """An engine of the small model."""
+    return Engine(Net(), plan=ParallelPlan(data_parallel=world.size, **layout), optimizer=ADAMW, world=world)
+
+
+def train(engine: Engine, steps: range, *, break_rank: int | None = None) -> list[dict[str, Any]]:
+    """Run steps; rank `break_rank` gets a loss that is not a number."""
+    world, count = engine.world, engine.plan.accumulation
+    places = world.size * count
+    seen = []
+    for step in steps:
+        share = ROWS // places
+        total = 0.0
+        for micro in range(count):
+            at = (world.rank * count + micro) * share
+            value = weighted_sum(engine, step, slice(at, at + share))
+            total += float(value.detach())
+            loss = value * engine.plan.loss_multiplier / float(rows(step)[2].sum())
+            engine.backward(loss * math.nan if break_rank == world.rank else loss)
+            outcome = engine.step()
+        loss_everywhere = world.sum([total])[0] / float(rows(step)[2].sum())
+        seen.append({"loss": loss_everywhere, "norm": outcome.gradient_norm, "applied": outcome.applied})
+    return seen
+
+
+def state(engine: Engine) -> dict[str, Tensor]:
+    """Copies of what this rank owns."""
+    return {name: tensor.clone() for name, tensor in fragments.hold(engine).tensors.items()}
+
+
+def whole(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Every tensor of a checkpoint."""
+    reader = Reader(folder)
+    return {
+        (name, kind): reader.read(name, kind)
+        for name, row in reader.parameters.items()
+        for kind in (("weight", "exp_avg", "exp_avg_sq") if row["trainable"] else ("weight",))
+    }
+
+
+def missing_names(engine: Engine) -> list[str]:
+    """The private names of DeepSpeed on which train/fragments.py and parallel/world.py rely, and which are gone."""
+    zero, stage = engine.deepspeed.optimizer, engine.plan.zero_stage
+    owners: list[tuple[Any, tuple[str, ...]]] = [(engine.deepspeed, ("get_global_grad_norm", "was_step_applied"))]
+    parameter = engine.module.first.weight  # type: ignore[union-attr]
+    if stage in (1, 2):
+        mapped = [p for p in engine.module.parameters() if getattr(p, "_hp_mapping", None) is not None]
+        owners += [(zero, ("update_lp_params",)), (parameter, ("_hp_mapping",))]
+        owners += [(p._hp_mapping, ("lp_fragment_address", "hp_fragment_address", "param_group_index")) for p in mapped]
+    if stage == 3:
+        owners.append((parameter, ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")))
+        names = ("fp16_groups", "fp32_partitioned_groups_flat", "persistent_parameters")
+        owners.append((zero, (*names, "_reassign_or_swap_out_partitioned_parameters")))
+        owners.append((parameter.ds_tensor, ("ds_numel",)))  # type: ignore[union-attr]
+    return [f"{type(owner).__name__}.{name}" for owner, names in owners for name in names if not hasattr(owner, name)]
+
+
+def main() -> None:
+    """All cases, in one process group."""
+    folder = Path(sys.argv[1])
+    with Requests().listening():
+        world = World.start()
+        session = world.share("s")
+        seen: dict[str, Any] = {"reference": reference(), "shared_memory_op": build_shm_op() is not None}
+        for stage in (0, 1, 2, 3):
+            engine = make(world, zero_stage=stage)
+            missing = missing_names(engine)
+            runs = train(engine, range(SAVED))
+            save = CheckpointWriter(folder / f"zero{stage}", rank=world.rank, size=world.size, session=session)
+            save.save(SAVED, fragments.hold(engine), state={"step": SAVED})
+            runs += train(engine, range(SAVED, STEPS))
+            before = state(engine)
+            broken = train(engine, range(1), break_rank=1)
+            after = state(engine)
+            seen[f"zero{stage}"] = {
+                "steps": runs,
+                "missing": missing,
+                "broken": broken,
+                "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+                "then": train(engine, range(1)),
+            }
+            engine.close()
+            world.barrier()
+        engine = make(world, zero_stage=1, accumulation=3)
+        seen["accumulated"] = train(engine, range(STEPS))
+        engine.close()
+        engine = make(world, zero_stage=1, dtype="bf16")
+        seen["bf16"] = train(engine, range(STEPS))
+        seen["bf16_broken"] = train(engine, range(1), break_rank=0)
+        engine.close()
+        for number, (saved, loaded) in enumerate(PAIRS):
+            engine = make(world, zero_stage=loaded)
+            if number % 2:
+                train(engine, range(50, 52))  # an engine that has already run holds stale copies and moments
+            source = step_folder(folder / f"zero{saved}", SAVED)
+            fragments.load(engine, Reader(source))
+            run = folder / f"again-{saved}-{loaded}"
+            CheckpointWriter(run, rank=world.rank, size=world.size, session=session).save(
+                SAVED, fragments.hold(engine), state={}
+            )
+            world.barrier()
+            mine, theirs = whole(step_folder(run, SAVED)), whole(source)
+            seen[f"{saved}->{loaded}"] = {
+                "same": mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine),
+                "steps": train(engine, range(SAVED, STEPS)),
+            }
+            engine.close()
+        (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
+        world.stop()
+
+
+if __name__ == "__main__":
+    main()

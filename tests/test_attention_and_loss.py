@@ -1,0 +1,197 @@
+"""The trunk sees no later frame and no other document; the loss is the plain weighted mean over what is valid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sci_gpt.model.heads import GaussianPrediction, MixturePrediction
+from sci_gpt.model.inputs import ModelInputs, to_inputs
+from sci_gpt.model.layers import attend
+from sci_gpt.model.loss import crps_gaussian, mixture_log_probability, unit_losses, valid_weights, weighted_sums
+from sci_gpt.model.shapes import SHAPES
+from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
+from sci_tokenizers.packing import collate
+from sci_tokenizers.sample import Sample
+from sci_tokenizers.table import make_tokenizer
+from sci_tokenizers.tokenizer import TokenizerSettings
+from toy_samples import altered_from, toy_sample
+
+SETTINGS = TokenizerSettings(grid_patch=4, trace_samples=5)
+CONTEXT, ROW = 4, 110
+# (modality, frames) of each document, row by row: two of one shape, and neighbours of every modality
+LAYOUT = [[("grid", 6), ("series", 12), ("trace", 8)], [("series", 12), ("trace", 10), ("grid", 5)]]
+
+
+@pytest.fixture(scope="module")
+def model() -> SciGPT:
+    """A small model with every parameter drawn, so that no path through it is closed."""
+    model = build_model(SHAPES["tiny"], ModelSettings(tokenizer=SETTINGS))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def samples() -> list[list[Sample]]:
+    """The raw windows of LAYOUT."""
+    times = {modality: make_tokenizer(modality, SETTINGS).frame_times for modality in ("grid", "series", "trace")}
+    return [
+        [toy_sample(m, frames * times[m], seed=10 * r + d) for d, (m, frames) in enumerate(row)]
+        for r, row in enumerate(LAYOUT)
+    ]
+
+
+def inputs_of(rows: list[list[Sample]]) -> ModelInputs:
+    """The packed batch of these windows as tensors."""
+    documents = [
+        [make_tokenizer(x.modality, SETTINGS).encode(x, num_context=CONTEXT, leads=(1, 2)) for x in row] for row in rows
+    ]
+    return to_inputs(collate(documents, ROW))
+
+
+def places() -> list[tuple[int, int, int, int, int]]:
+    """(row, number in the row, start, frames, slots) of each document in the flat batch."""
+    slots = {"grid": 6, "series": 3, "trace": 3}
+    found = []
+    for r, row in enumerate(LAYOUT):
+        at = r * ROW
+        for d, (modality, frames) in enumerate(row):
+            found.append((r, d, at, frames, slots[modality]))
+            at += frames * slots[modality]
+    return found
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_frame(model: SciGPT) -> None:
+    """Altering a document's raw data from frame k on leaves the trunk's output before k the same, bit by bit."""
+    rows = samples()
+    before = model.trunk(inputs_of(rows))
+    for r, d, start, frames, slots in places():
+        k = max(frames - 2, CONTEXT)  # scales come from the context's frames, which may know each other
+        altered = [list(row) for row in rows]
+        altered[r][d] = altered_from(rows[r][d], k * make_tokenizer(rows[r][d].modality, SETTINGS).frame_times)
+        after = model.trunk(inputs_of(altered))
+        cut, end = start + k * slots, start + frames * slots
+        assert torch.equal(after[start:cut], before[start:cut])
+        assert not torch.isclose(after[cut:end], before[cut:end]).all(dim=1).any()
+
+
+@torch.no_grad()
+def test_documents_do_not_see_each_other(model: SciGPT) -> None:
+    """Altering one document leaves every other token's output the same, bit by bit."""
+    rows = samples()
+    before = model.trunk(inputs_of(rows))
+    for r, d, start, frames, slots in places():
+        altered = [list(row) for row in rows]
+        altered[r][d] = altered_from(rows[r][d], 0)
+        after = model.trunk(inputs_of(altered))
+        own = torch.zeros(len(before), dtype=torch.bool)
+        own[start : start + frames * slots] = True
+        assert torch.equal(after[~own], before[~own])
+        assert not torch.equal(after[own], before[own])
+
+
+@torch.no_grad()
+def test_place_in_the_batch_does_not_matter(model: SciGPT) -> None:
+    """A document alone in a batch gives what it gives among others (kernels may sum in another order)."""
+    rows = samples()
+    whole = model.trunk(inputs_of(rows))
+    for r, d, start, frames, slots in places():
+        alone = model.trunk(inputs_of([[rows[r][d]]]))[: frames * slots]
+        torch.testing.assert_close(alone, whole[start : start + frames * slots], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_equals_a_plain_masked_softmax() -> None:
+    """Reference: a dense T x T matrix in float64; token i sees j of its own document with frame(j) <= frame(i)."""
+    inputs = inputs_of(samples())
+    document = torch.full((2 * ROW,), -1)
+    for number, (_, _, start, frames, slots) in enumerate(places()):
+        document[start : start + frames * slots] = number
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2 * ROW, 2, 8, generator=generator) for _ in range(3))
+    seen = (document[:, None] == document[None]) & (inputs.frame[:, None] >= inputs.frame[None])
+    scores = torch.einsum("ihc,jhc->hij", q.double(), k.double()) / math.sqrt(8)
+    share = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    expected = torch.einsum("hij,jhc->ihc", share, v.double())
+    expected[document < 0] = 0.0
+    torch.testing.assert_close(attend(q, k, v, inputs.groups).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("modality", ["grid", "trace"])
+def test_continuous_loss_is_the_weighted_mean_over_valid_values(modality: str) -> None:
+    """Plain loops over units, variables and values; whatever stands in a missing value's place does not count."""
+    payload = inputs_of(samples()).payloads[modality]
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(payload.unit_token), *payload.values.shape[1:])
+    prediction = GaussianPrediction(
+        mean=torch.randn(shape, generator=generator), log_spread=0.3 * torch.randn(shape, generator=generator)
+    )
+    crps = crps_gaussian(prediction.mean, prediction.log_spread, payload.values[payload.unit_target])
+    expected = []
+    for unit, target in enumerate(payload.unit_target.tolist()):
+        total = weight = 0.0
+        for place in np.ndindex(*shape[1:]):
+            if payload.valid[(target, *place)]:
+                total += float(payload.weight[(target, *place)]) * float(crps[(unit, *place)])
+                weight += float(payload.weight[(target, *place)])
+        expected.append(total / weight if weight else 0.0)
+    found = unit_losses(prediction, payload, SETTINGS)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    garbage = replace(payload, values=torch.where(payload.valid, payload.values, 1e6))
+    assert torch.equal(unit_losses(prediction, garbage, SETTINGS), found)
+
+
+def test_series_loss_skips_missing_answers() -> None:
+    payload = inputs_of(samples()).payloads["series"]
+    units = len(payload.unit_token)
+    prediction = MixturePrediction(
+        log_weight=torch.log_softmax(torch.zeros(units, 2), dim=-1),
+        mean=torch.tensor([[-0.5, 0.5]]).expand(units, 2),
+        log_spread=torch.zeros(units, 2),
+    )
+    found = unit_losses(prediction, payload, SETTINGS)
+    answered = payload.valid[payload.unit_target, 0, 0]
+    assert (found[~answered] == 0).all()
+    assert (found[answered] > 0).all()
+    assert 0 < answered.sum() < units
+
+
+def test_a_units_weight_counts_in_the_sum() -> None:
+    inputs = inputs_of(samples())
+    payload = inputs.payloads["trace"]
+    shape = (len(payload.unit_token), *payload.values.shape[1:])
+    prediction = GaussianPrediction(mean=torch.zeros(shape), log_spread=torch.zeros(shape))
+    sums = weighted_sums({"trace": prediction}, inputs, SETTINGS)
+    expected = (unit_losses(prediction, payload, SETTINGS) * payload.unit_weight).sum()
+    torch.testing.assert_close(sums["trace"], expected)
+    assert valid_weights(inputs)["trace"] == pytest.approx(float(payload.unit_weight.sum()))
+
+
+def test_gaussian_crps_is_the_integral() -> None:
+    """CRPS = integral of (Phi((x - m) / s) - [x >= y])^2 dx (Gneiting and Raftery 2007, eq. 20), on a fine grid."""
+    x = torch.linspace(-60, 60, 400_001, dtype=torch.float64)
+    for mean, spread, truth in ((0.0, 1.0, 0.0), (1.0, 2.0, -3.0), (-2.0, 0.5, 4.0)):
+        steps = torch.special.ndtr((x - mean) / spread) - (x >= truth).double()
+        expected = torch.trapezoid(steps**2, x)
+        found = crps_gaussian(
+            torch.tensor(mean).double(), torch.tensor(math.log(spread)).double(), torch.tensor(truth).double()
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bins_probabilities_sum_to_one() -> None:
+    settings = TokenizerSettings(series_ids=64, series_limit=3.0)
+    centres = torch.linspace(-3.0, 3.0, 61, dtype=torch.float64)
+    prediction = MixturePrediction(
+        log_weight=torch.log(torch.tensor([[0.2, 0.8]], dtype=torch.float64)).expand(61, 2),
+        mean=torch.tensor([[-2.9, 0.4]], dtype=torch.float64).expand(61, 2),
+        log_spread=torch.tensor([[-1.0, -2.0]], dtype=torch.float64).expand(61, 2),
+    )
+    logs = mixture_log_probability(prediction, centres, width=settings.series_bin_width, limit=3.0)
+    assert float(logs.exp().sum()) == pytest.approx(1.0, abs=1e-9)

@@ -1,0 +1,82 @@
+"""Forecasts of waveforms: a Stream in, a trace per channel and quantile at the working rate out."""
+
+from __future__ import annotations
+
+import numpy as np
+import obspy
+import pytest
+
+from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.recipes.load import LoadedModel, load_model
+from toy_model import make_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A model that was never trained but is not at its initial weights, on the toy store's three sources."""
+    return load_model(make_run(tmp_path_factory.mktemp("model")).output)
+
+
+def record(
+    rate: float = 40.0, *, seconds: float = 40.0, channel: str = "BHZ", location: str = "00", start: float = 1e9
+) -> obspy.Trace:
+    """A decaying wave in counts."""
+    time = np.arange(round(seconds * rate)) / rate
+    counts = 300.0 * np.sin(2 * np.pi * 0.8 * time) + 40.0 * np.random.default_rng(2).standard_normal(len(time))
+    header = {"network": "XX", "station": "ABC", "location": location, "channel": channel, "sampling_rate": rate}
+    return obspy.Trace(counts.astype(np.int32), header | {"starttime": obspy.UTCDateTime(start)})
+
+
+def test_a_stream_gives_one_trace_per_channel_and_quantile_at_the_working_rate(model: LoadedModel) -> None:
+    out = model.forecast(obspy.Stream([record(), record(channel="BHN"), record(channel="BHE")]), 5)
+    assert len(out) == 9
+    assert {trace.stats.location for trace in out} == {"10", "50", "90"}
+    assert {trace.stats.channel for trace in out} == {"BHZ", "BHN", "BHE"}
+    for trace in out:
+        assert trace.stats.sampling_rate == pytest.approx(10.0)
+        assert trace.stats.npts == 5
+        # The record's last sample at 10 Hz is that at 39.9 s.
+        assert trace.stats.starttime == obspy.UTCDateTime(1e9) + 40.0
+    low, high = (out.select(location=code, channel="BHZ")[0].data for code in ("10", "90"))
+    assert (high >= low).all()
+
+
+def test_a_horizon_within_a_frame_is_cut(model: LoadedModel) -> None:
+    stream = obspy.Stream([record()])
+    short, long = model.forecast(stream, 3)[0], model.forecast(stream, 5)[0]
+    assert short.stats.npts == 3
+    np.testing.assert_array_equal(short.data, long.data[:3])
+
+
+def test_the_record_itself_is_not_changed(model: LoadedModel) -> None:
+    stream = obspy.Stream([record()])
+    before = stream.copy()
+    model.forecast(stream, 1)
+    assert stream == before
+
+
+def test_a_gap_cuts_off_what_lies_before_it(model: LoadedModel) -> None:
+    late = record(start=1e9 + 100.0)
+    alone = model.forecast(obspy.Stream([late]), 5)
+    for stream in (obspy.Stream([record(), late]), obspy.Stream([record(), late]).merge()):
+        np.testing.assert_array_equal(model.forecast(stream, 5)[1].data, alone[1].data)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (obspy.Stream([]), "the stream holds no trace"),
+        (obspy.Stream([record(), record(location="10")]), "locations '00' and '10' would collide"),
+        (obspy.Stream([record(channel="BHX")]), "BHX"),
+        (obspy.Stream([record(seconds=1.0)]), "time steps are shorter than the context of 20"),
+        (obspy.Stream([record(), record(channel="BHN", start=2e9)]), "share no time"),
+    ],
+)
+def test_a_stream_that_cannot_be_forecast_is_refused(model: LoadedModel, stream: obspy.Stream, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        model.forecast(stream, 1)
+
+
+def test_a_quantile_without_a_location_code_is_refused(model: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match=r"quantile 0\.025 has no two-digit location code"):
+        model.forecast(obspy.Stream([record()]), 1, quantiles=(0.025, 0.5))

@@ -1,0 +1,177 @@
+"""The order of a run: a pure function of n, a permutation per epoch, exact shares, rows dealt once at any layout."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sci_gpt.data.loader import Corpus, StepPlan, deal, plan_step
+from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table, permute
+from sci_gpt.errors import DataError
+from sci_tokenizers.packing import pack_rows
+
+SIZES, NAMES, SHARES = (700, 130, 41), ("a", "b", "c"), (6.0, 3.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[np.ndarray, np.ndarray]:
+    """The mixture table of SHARES."""
+    return mixture_table(SHARES)
+
+
+def order_of(table: tuple[np.ndarray, np.ndarray], *, seed: int = 5, block: int = 64) -> Order:
+    """An order over three small sources."""
+    return Order(seed=seed, sizes=SIZES, names=NAMES, table=table, block=block)
+
+
+class Lengths(Corpus):
+    """A corpus that knows nothing but the length of each sample."""
+
+    def __init__(self, seed: int, longest: int) -> None:
+        self.seed, self.longest = seed, longest
+
+    def length(self, n: int) -> int:
+        """Between 1 and `longest` tokens."""
+        return 1 + keyed(self.seed, n) % self.longest
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation_and_its_inverse_undoes_it(size: int, key: int) -> None:
+    image = [permute(position, size, key) for position in range(size)]
+    assert sorted(image) == list(range(size))
+    assert [permute(value, size, key, inverse=True) for value in image] == list(range(size))
+
+
+def test_permute_moves_things_about() -> None:
+    """Neighbours part, keys differ, all places are as likely: 2,000 keys put 0 of 10 in each 200 +- 60 times."""
+    image = np.array([permute(position, 1000, 7) for position in range(1000)])
+    assert (np.abs(np.diff(image)) == 1).sum() < 20
+    assert image.tolist() != [permute(position, 1000, 8) for position in range(1000)]
+    counts = np.bincount([permute(0, 10, keyed(0, key)) for key in range(2000)], minlength=10)
+    assert np.abs(counts - 200).max() < 60  # 4.5 standard deviations of a binomial
+    with pytest.raises(ValueError, match="position 10 is not in a permutation of 10"):
+        permute(10, 10, 0)
+
+
+def test_every_source_has_given_its_share_within_one_sample(table: tuple[np.ndarray, np.ndarray]) -> None:
+    source, before = table
+    for s, share in enumerate(np.array(SHARES) / sum(SHARES)):
+        given_so_far = np.cumsum(source == s)
+        assert np.abs(given_so_far - share * np.arange(1, PERIOD + 1)).max() < 1.0 + 1e-6 * PERIOD
+        assert (before[source == s] == np.arange(given_so_far[-1])).all()
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.floats(0.02, 1.0), min_size=1, max_size=6))
+def test_any_mixture_is_kept_within_one_sample(shares: list[float]) -> None:
+    source, _ = mixture_table(shares)
+    exact = np.bincount(source, minlength=len(shares))
+    assert np.abs(exact / PERIOD - np.array(shares) / sum(shares)).max() <= 1.0 / PERIOD
+    for s, count in enumerate(exact):
+        drift = np.cumsum(source == s) - count / PERIOD * np.arange(1, PERIOD + 1)
+        assert np.abs(drift).max() < 1.0 + 1e-9
+
+
+def test_a_mixture_needs_shares() -> None:
+    for shares, complaint in (
+        ([], "positive shares"),
+        ([1.0, 0.0], "positive shares"),
+        ([1.0, 1e-9], "one rounds to 0"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            mixture_table(shares)
+
+
+def test_a_sample_is_a_pure_function_of_its_number(table: tuple[np.ndarray, np.ndarray]) -> None:
+    """A fresh object, asked backwards, gives the same; another seed gives another order from the same mixture."""
+    numbers = [*range(300), PERIOD - 1, PERIOD, 7 * PERIOD + 3]
+    one = {n: order_of(table).sample(n) for n in numbers}
+    fresh = order_of(table)
+    assert {n: fresh.sample(n) for n in reversed(numbers)} == one
+    other = order_of(table, seed=6)
+    assert [other.sample(n)[0] for n in range(300)] == [one[n][0] for n in range(300)]
+    assert [other.sample(n) for n in range(300)] != [one[n] for n in range(300)]
+
+
+@pytest.mark.parametrize("block", [16, 64, PERIOD])
+def test_every_epoch_visits_every_window_once(table: tuple[np.ndarray, np.ndarray], block: int) -> None:
+    """Through the first period's end too; epochs follow each other and differ."""
+    order = order_of(table, block=block)
+    for first in (0, PERIOD - 2000):
+        seen: dict[tuple[int, int], list[int]] = {}
+        for n in range(first, first + 4000):
+            source, window, epoch = order.sample(n)
+            seen.setdefault((source, epoch), []).append(window)
+        whole = {key: windows for key, windows in seen.items() if len(windows) >= SIZES[key[0]]}
+        assert {source for source, _ in whole} == {0, 1, 2}
+        for (source, epoch), windows in whole.items():
+            assert sorted(windows) == list(range(SIZES[source]))
+            assert whole.get((source, epoch + 1)) != windows
+        for source in range(3):
+            epochs = sorted(epoch for s, epoch in seen if s == source)
+            assert epochs == list(range(epochs[0], epochs[-1] + 1))
+            assert all(len(seen[source, epoch]) == SIZES[source] for epoch in epochs[1:-1])
+
+
+def test_a_block_is_finished_before_the_next(table: tuple[np.ndarray, np.ndarray]) -> None:
+    order = order_of(table, block=16)
+    windows = [w for s, w, epoch in (order.sample(n) for n in range(300)) if s == 1 and epoch == 0][:130]
+    blocks = [window // 16 for window in windows]
+    changes = sum(one != two for one, two in pairwise(blocks))
+    assert changes == len(set(blocks)) - 1
+    assert blocks != sorted(blocks)
+    assert windows != sorted(windows)
+
+
+def test_a_new_source_moves_no_other(table: tuple[np.ndarray, np.ndarray]) -> None:
+    """Each source's own sequence of windows stays when another joins the mixture."""
+    wider = Order(seed=5, sizes=(9, *SIZES), names=("z", *NAMES), table=mixture_table((2.0, *SHARES)), block=64)
+    narrow = order_of(table)
+    old = [w for s, w, _ in map(narrow.sample, range(2000)) if s == 1]
+    new = [w for s, w, _ in map(wider.sample, range(2000)) if s == 2]
+    assert new[:200] == old[:200]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(0, 10**6))
+def test_steps_take_consecutive_samples_and_leave_none_out(seed: int, rows: int, first: int) -> None:
+    """Each step begins where the last ended, fills rows without overflow, and could not have taken one sample more."""
+    corpus, n = Lengths(seed, 40), first
+    for _ in range(3):
+        plan = plan_step(corpus, n, rows=rows, row_length=64)
+        assert plan.first == n
+        taken = sorted(number for row in plan.rows for number in row)
+        assert taken == list(range(n, plan.next_sample))
+        assert len(plan.rows) == rows
+        assert all(sum(corpus.length(number) for number in row) <= 64 for row in plan.rows)
+        more = [corpus.length(number) for number in range(n, plan.next_sample + 1)]
+        while sum(more) <= rows * 64:
+            assert pack_rows(more, rows, row_length=64) is None
+            more.append(corpus.length(n + len(more)))
+        n = plan.next_sample
+    assert plan_step(corpus, first, rows=rows, row_length=64) == plan_step(
+        Lengths(seed, 40), first, rows=rows, row_length=64
+    )
+
+
+def test_a_sample_longer_than_a_row_is_refused() -> None:
+    with pytest.raises((DataError, ValueError), match="a row holds 8"):
+        plan_step(Lengths(0, 1000), 5, rows=2, row_length=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.integers(1, 5))
+def test_ranks_share_the_rows_out(costs: list[int], world: int) -> None:
+    """Every row goes to one rank, every rank gets as many rows as the others (empty ones weigh nothing), in balance."""
+    rows = tuple((number,) for number in range(len(costs)))
+    plan = StepPlan(first=0, count=len(rows), rows=rows, row_length=8)
+    shares = [deal(plan, rank=rank, world=world, cost=costs) for rank in range(world)]
+    assert sorted(row for share in shares for row in share if row) == sorted(rows)
+    assert {len(share) for share in shares} == {-(-len(rows) // world)}
+    totals = [sum(costs[row[0]] for row in share if row) for share in shares]
+    assert max(totals) - min(totals) <= max(costs)

@@ -1,0 +1,132 @@
+"""The run folder's logs, lock and markers; what must be equal to resume; the tracker when its server fails."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from sci_gpt.errors import CheckpointError, ConfigError
+from sci_gpt.train.journal import Progress
+from sci_gpt.train.resume import check_same_run, code_version
+from sci_gpt.train.run_folder import LineLog, cut_back, keys_log, locked, read_complete, read_lines, write_marker
+from sci_gpt.train.tracker import Tracker, TrackingTarget, flatten
+
+
+def test_a_resume_cuts_every_log_back_to_the_checkpoint(tmp_path: Path) -> None:
+    for path in (tmp_path / "log.jsonl", keys_log(tmp_path, 0), keys_log(tmp_path, 1)):
+        log = LineLog(path)
+        for step in range(1, 6):
+            log.append({"step": step, "what": path.name})
+        log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "wh')  # cut by a kill
+    write_marker(tmp_path, "requeue", content={"step": 5})
+    cut_back(tmp_path, 3)
+    for path in (tmp_path / "log.jsonl", keys_log(tmp_path, 0), keys_log(tmp_path, 1)):
+        assert read_lines(path) == [{"step": step, "what": path.name} for step in (1, 2, 3)]
+    assert not (tmp_path / "requeue").exists()
+    log = LineLog(tmp_path / "log.jsonl")
+    log.append({"step": 4})
+    log.close()
+    assert [record["step"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="another process is training in .*run"), locked(tmp_path / "run"):
+            raise AssertionError("the folder was taken twice")
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_complete_mark_without_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert read_complete(tmp_path) is None
+    write_marker(tmp_path, "complete.json", content={"step": 3, "checkpoint": "checkpoints/step-00000003"})
+    with pytest.raises(CheckpointError, match="'checkpoints/step-00000003' holds no checkpoint"):
+        read_complete(tmp_path)
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000003/manifest.json").write_text("{}")
+    assert read_complete(tmp_path) == {"step": 3, "checkpoint": "checkpoints/step-00000003"}
+
+
+def test_what_differs_is_named_with_both_values() -> None:
+    saved = {"fingerprint": "aaa", "mixture": [{"source": "x", "weight": 0.5}], "seed": 1}
+    check_same_run(saved, json.loads(json.dumps(saved)), checkpoint=Path("c"))
+    mine = {"fingerprint": "bbb", "mixture": [{"source": "x", "weight": 0.25}], "seed": 1}
+    with pytest.raises(CheckpointError) as error:
+        check_same_run(saved, mine, checkpoint=Path("c"))
+    assert "fingerprint is aaa there and bbb here" in str(error.value)
+    assert "mixture.0.weight is 0.5 there and 0.25 here" in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_a_source_that_came_or_went_is_named() -> None:
+    with pytest.raises(CheckpointError, match="mixture.1.source is y there and absent here"):
+        check_same_run(
+            {"mixture": [{"source": "x"}, {"source": "y"}]}, {"mixture": [{"source": "x"}]}, checkpoint=Path("c")
+        )
+
+
+def test_the_code_version_is_a_commit_or_a_version() -> None:
+    assert len(code_version()) >= 5
+
+
+def test_trees_are_flattened_to_dotted_names() -> None:
+    tree = {"a": {"b": 1}, "c": [1, 2], "d": [{"e": None}]}
+    assert flatten(tree) == {"a.b": "1", "c": "[1, 2]", "d.0.e": "None"}
+
+
+def test_the_progress_line() -> None:
+    lines: list[str] = []
+    stream = type("Stream", (), {"write": lambda self, text: lines.append(text), "flush": lambda self: None})()
+    progress = Progress(100, every_seconds=1000.0, stream=stream)
+    record = {"step": 40, "tokens": 500, "wait_seconds": 0.5, "loss": 1.25}
+    progress.step(record)
+    progress.step(record)
+    assert lines == []
+    progress.validation(40, {"grid": {"loss": 2.0, "skill": 0.125}})
+    # two steps of 500 tokens in 4 s: 250 tokens/s, 60 steps left at 2 s each, 1 s of 4 waited
+    assert progress.line(record, 4.0) == (
+        "step 40/100 | 250 tokens/s | ETA 2:00 | loss 1.2500 | skill grid +0.125 | waits for data 25 %"
+    )
+    assert "validation: grid loss 2.0000 skill +0.125" in lines[0]
+
+
+def test_a_tracking_failure_is_said_once_and_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    target = TrackingTarget(
+        uri=f"sqlite:///{tmp_path}/file/below/a.db", artifacts=str(tmp_path / "artifacts"), experiment="e", run_name="r"
+    )
+    begun = time.monotonic()
+    tracker = Tracker(target, tmp_path, parameters={"a": 1}, tags={})
+    for step in range(3):
+        tracker.metrics(step, {"loss": 1.0})
+    tracker.close()
+    assert time.monotonic() - begun < 20
+    assert tracker.run_id is None and tracker.failures >= 1
+    said = capfd.readouterr().err
+    assert said.count("warning: tracking at") == 1 and "all metrics are in" in said and "log.jsonl" in said
+
+
+def test_what_mlflow_lacks_of_the_history_is_written_once(tmp_path: Path) -> None:
+    target = TrackingTarget(
+        uri=f"sqlite:///{tmp_path}/mlflow/a.db", artifacts=str(tmp_path / "artifacts"), experiment="e", run_name="r"
+    )
+    first = Tracker(target, tmp_path, parameters={"a": {"b": 1}}, tags={"fingerprint": "f"})
+    first.metrics(1, {"loss": 3.0})
+    first.close("KILLED")
+    history = [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"validation/grid/skill": 0.5})]
+    second = Tracker(target, tmp_path, parameters={"a": {"b": 1}}, tags={}, history=history)
+    second.metrics(3, {"loss": 1.0})
+    second.close()
+    assert second.run_id == first.run_id and second.failures == 0
+    client = MlflowClient(target.uri)
+    run = client.get_run(str(second.run_id))
+    assert run.info.status == "FINISHED" and run.data.params == {"a.b": "1"} and run.data.tags["fingerprint"] == "f"
+    losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(losses) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert run.data.metrics["validation/grid/skill"] == 0.5

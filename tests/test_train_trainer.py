@@ -1,0 +1,261 @@
+"""The trainer's own rules, with real parts around a stand-in engine: agreement, broken steps, signals, records."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.parallel.engine import StepOutcome
+from sci_gpt.train.agreement import Report, agree
+from sci_gpt.train.feed import StepRows
+from sci_gpt.train.schedule import Schedule
+from sci_gpt.train.signals import Requests
+from sci_gpt.train.trainer import MOST_BROKEN_STEPS, Parts, Settings, Trainer
+
+STEPS = 6
+
+
+class OneProcess:
+    """A world of one."""
+
+    rank, size = 0, 1
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return [values]
+
+
+class PlainEngine:
+    """Plain gradient descent of one weight; refuses a gradient that is not finite, as Engine does."""
+
+    def __init__(self) -> None:
+        self.world = OneProcess()
+        self.plan = SimpleNamespace(loss_multiplier=1)
+        self.module = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.module.weight)
+        self.rate, self.rates = 0.0, list[float]()
+
+    def __call__(self, inputs: Any) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> StepOutcome:
+        gradient = self.module.weight.grad
+        assert gradient is not None
+        applied = bool(torch.isfinite(gradient).all())
+        if applied:
+            self.module.weight.data -= self.rate * gradient
+        self.module.weight.grad = None
+        return StepOutcome(applied=applied, gradient_norm=float(gradient.norm()))
+
+    def set_learning_rate(self, value: float) -> None:
+        self.rate = value
+        self.rates.append(value)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        yield
+
+
+class Targets:
+    """Objective: squared distance to the batch's target, weight as the batch says."""
+
+    def inputs(self, batch: Any) -> Any:
+        return batch
+
+    def weights(self, inputs: Any) -> dict[str, float]:
+        return {"series": inputs["weight"]}
+
+    def sums(self, predictions: Tensor, inputs: Any) -> dict[str, Tensor]:
+        return {"series": ((predictions - inputs["target"]) ** 2).sum() * inputs["weight"]}
+
+
+class Steps:
+    """Feed: two samples per step; `broken` steps have a target that is no number, `empty` ones weigh nothing."""
+
+    def __init__(self, *, broken: tuple[int, ...] = (), empty: tuple[int, ...] = (), lost: int = 0) -> None:
+        self.broken, self.empty, self.lost, self.closed = broken, empty, lost, False
+
+    def get(self, n: int) -> tuple[StepRows, float]:
+        step = n // 2 + 1
+        target = math.nan if step in self.broken else 1.0
+        batch: Any = {"target": target, "weight": 0.0 if step in self.empty else 4.0}
+        rows = StepRows(
+            first=n,
+            next_sample=n + 2,
+            batches=(batch,),
+            samples=(n, n + 1),
+            keys=("a", "b"),
+            dealt=((n, n + 1),),
+            num_tokens=10,
+            passed_over=self.lost,
+        )
+        return rows, 0.25
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Memory:
+    """Journal and checkpoints in memory."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.saves: list[tuple[int, int]] = []
+        self.eaten: list[int] = []
+        self.scores: list[int] = []
+
+    def consumed(self, step: int, rows: StepRows) -> None:
+        self.eaten += rows.samples
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def validation(self, step: int, scores: Any) -> None:
+        self.scores.append(step)
+
+    def save(self, step: int, next_sample: int) -> None:
+        self.saves.append((step, next_sample))
+
+
+def trainer(feed: Steps, memory: Memory, *, steps: int = STEPS, requests: Requests | None = None) -> Trainer:
+    engine: Any = PlainEngine()
+    return Trainer(
+        Parts(
+            engine=engine,
+            feed=feed,
+            objective=Targets(),
+            journal=memory,
+            save=memory.save,
+            validate=lambda model: {},
+            requests=requests or Requests(),
+            name=lambda n: f"sample {n} (somewhere)",
+        ),
+        Settings(
+            schedule=Schedule(peak=0.1, steps=steps, warmup_steps=0, cooldown_steps=0),
+            factor={"grid": 1.0, "series": 0.5, "trace": 1.0},
+            checkpoint_every=4,
+            validate_every=3,
+            most_passed_over=20,
+        ),
+    )
+
+
+def test_records_saves_and_validations_come_when_due() -> None:
+    memory, feed = Memory(), Steps()
+    outcome = trainer(feed, memory).run()
+    assert (outcome.step, outcome.next_sample, outcome.stopped) == (6, 12, False)
+    assert memory.saves == [(4, 8), (6, 12)] and memory.scores == [3, 6] and feed.closed
+    assert memory.eaten == list(range(12))
+    assert [record["step"] for record in memory.records] == [1, 2, 3, 4, 5, 6]
+    # loss (w - 1)^2 from w = 0: gradient -2 (1 - w), rate 0.1, so the distance shrinks by 0.8 a step
+    assert [record["loss"] for record in memory.records] == pytest.approx([0.64**k for k in range(6)], rel=1e-5)
+    assert memory.records[0]["losses"] == {"series": pytest.approx(1.0)}
+    assert memory.records[0]["wait_seconds"] == 0.25 and memory.records[0]["tokens"] == 10
+
+
+def test_a_broken_step_is_skipped_counted_and_its_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = Memory()
+    trainer(Steps(broken=(3,)), memory).run()
+    applied = [record["applied"] for record in memory.records]
+    assert applied == [True, True, False, True, True, True]
+    assert memory.records[2]["loss"] is None
+    assert memory.records[2]["broken_rows"] == ["sample 4 (somewhere)", "sample 5 (somewhere)"]
+    # the step after it goes on from the weights before it
+    assert memory.records[3]["loss"] == pytest.approx(0.64**2, rel=1e-5)
+    assert "step 3 is skipped on all ranks: the loss is not finite in the rows of sample 4" in capsys.readouterr().err
+
+
+def test_ten_broken_steps_in_a_row_stop_the_run() -> None:
+    memory = Memory()
+    with pytest.raises(
+        ConfigError, match="10 steps in a row, the last of them step 12, .*last checkpoint is of step 8"
+    ):
+        trainer(Steps(broken=tuple(range(3, 40))), memory, steps=40).run()
+    assert [record["applied"] for record in memory.records] == [True] * 2 + [False] * MOST_BROKEN_STEPS
+
+
+def test_nine_broken_steps_do_not_stop_it() -> None:
+    memory = Memory()
+    assert trainer(Steps(broken=tuple(range(3, 12))), memory, steps=14).run().step == 14
+
+
+def test_a_step_without_a_valid_value_moves_nothing_and_is_not_broken() -> None:
+    memory = Memory()
+    trainer(Steps(empty=(2, 3)), memory).run()
+    assert [record["applied"] for record in memory.records] == [True, False, False, True, True, True]
+    assert all("broken_rows" not in record for record in memory.records)
+    assert memory.records[3]["loss"] == pytest.approx(0.64, rel=1e-5)
+
+
+def test_too_many_samples_passed_over_stop_the_run() -> None:
+    with pytest.raises(DataError, match="24 samples could not be read, more than the 20"):
+        trainer(Steps(lost=6), Memory()).run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_and_saves(number: int) -> None:
+    memory, requests = Memory(), Requests()
+    with requests.listening():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # it may come twice
+        outcome = trainer(Steps(), memory, requests=requests).run()
+    assert (outcome.step, outcome.stopped) == (1, True)
+    assert memory.saves == [(1, 2)] and [record["loss"] for record in memory.records] == [1.0]
+
+
+def test_sigusr2_saves_and_goes_on() -> None:
+    memory, requests = Memory(), Requests()
+    with requests.listening():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        outcome = trainer(Steps(), memory, requests=requests).run()
+    assert outcome.step == STEPS and memory.saves == [(1, 2), (4, 8), (6, 12)]
+
+
+def test_a_worker_whose_launcher_is_gone_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCI_GPT_PARENT", str(os.getppid()))
+    assert not Requests().stop
+    monkeypatch.setenv("SCI_GPT_PARENT", "1" if os.getppid() != 1 else "2")
+    assert Requests().stop
+
+
+class ThreeRanks(OneProcess):
+    """The other two ranks report what they are told to."""
+
+    def __init__(self, others: list[list[float]]) -> None:
+        self.others = others
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return [values, *self.others]
+
+
+def test_all_ranks_reports_are_summed_flags_are_any_and_the_wait_is_the_slowest() -> None:
+    captured: list[list[float]] = []
+
+    class Recorder(OneProcess):
+        def gather(self, values: list[float]) -> list[list[float]]:
+            captured.append(values)
+            return [values]
+
+    recorder: Any = Recorder()
+    agree(recorder, Report(weight={"trace": 2.0}, passed_over=1, stop=True, wait_seconds=3.0, previous_broken=True))
+    agree(recorder, Report(weight={"grid": 1.0}, previous_loss={"grid": 5.0}, wait_seconds=7.0))
+    world: Any = ThreeRanks(captured)
+    result = agree(world, Report(weight={"grid": 0.5, "trace": 1.0}, previous_loss={"grid": 2.0}, save=True))
+    assert result.weight == {"grid": 1.5, "series": 0.0, "trace": 3.0}
+    assert result.previous_loss == {"grid": 7.0, "series": 0.0, "trace": 0.0}
+    assert (result.passed_over, result.stop, result.save, result.wait_seconds) == (1, True, True, 7.0)
+    assert result.previous_broken == (1,)
+    assert result.global_weight({"grid": 2.0, "series": 1.0, "trace": 0.5}) == 2.0 * 1.5 + 0.5 * 3.0

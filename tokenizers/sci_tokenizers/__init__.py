@@ -1,0 +1,1 @@
+"""The language of data: samples, tokens, packing; numpy only."""

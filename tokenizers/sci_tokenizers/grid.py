@@ -1,0 +1,153 @@
+"""Grid tokenizer: a frame is a time, a slot is a patch of p x p cells, a token holds the patch of every variable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sci_tokenizers.sample import Sample
+from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.tokenizer import Tokenizer, frame_features, last_valid, log_scales, memories, variable_rows
+from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
+from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+
+_EARTH_RADIUS_M = 6371229.0
+
+
+class GridTokenizer(Tokenizer):
+    """transform -> minus the cell's own mean over the context -> divided by the spread of those anomalies.
+
+    Cells that the context never saw take the training mean of the channel (or the context's overall mean).
+    Ragged edges are padded with missing cells.
+    """
+
+    modality = "grid"
+
+    @property
+    def frame_times(self) -> int:
+        """One time."""
+        return 1
+
+    def num_slots(self, shape: tuple[int, int, int]) -> int:
+        """Patches, ragged edges included."""
+        patch = self.settings.grid_patch
+        return -(-shape[1] // patch) * -(-shape[2] // patch)
+
+    def encode(
+        self,
+        sample: Sample,
+        *,
+        num_context: int,
+        leads: tuple[int, ...],
+        statistics: Mapping[str, ChannelStatistics] | None = None,
+    ) -> Tokens:
+        """See `Tokenizer.encode`; payload (F, S, V, p * p), slots in row-major order of patches."""
+        self._check(sample, num_context)
+        transformed = np.stack(
+            [forward_transform(sample.values[:, v].astype(np.float64), name) for v, name in enumerate(sample.variables)], axis=1
+        )
+        offset, scale = _normalisation(sample, transformed, num_context, statistics)
+        scaled = np.where(sample.valid, (transformed - offset) / scale[None, :, None, None], 0.0).astype(np.float32)
+        payload, valid = self._patches(scaled), self._patches(sample.valid)
+        frames, slots = payload.shape[:2]
+        area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
+        seen = sample.valid.any(axis=0)
+        weight = self._patches(np.where(seen, area, 0.0)[None])[0]
+        weight = weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)
+        rows, columns = self._patch_grid(sample.values.shape[2:])
+        anchor = last_valid(payload, valid)
+        features, time = frame_features(sample, 1)
+        variables = len(sample.variables)
+        return Tokens(
+            key=sample.key,
+            source=sample.source,
+            modality="grid",
+            payload=payload,
+            valid=valid,
+            ids=None,
+            anchor=anchor[..., None],
+            anchor_spread=np.zeros((*anchor.shape, 1), np.float32),
+            memory=memories(payload, valid, anchor=anchor, home=np.zeros(payload.shape[1])),
+            weight=weight.astype(np.float32),
+            variable=np.tile(variable_rows(sample), (slots, 1)),
+            row=np.repeat(np.arange(rows, dtype=np.int16), columns),
+            column=np.tile(np.arange(columns, dtype=np.int16), rows),
+            frame_features=features,
+            slot_features=self._slot_features(sample),
+            log_scale=np.tile(log_scales(scale, sample), (slots, 1)),
+            offset=np.broadcast_to(self._patches(offset[None].astype(np.float32)), (frames, slots, variables, payload.shape[3])),
+            scale=np.tile(scale.astype(np.float32), (slots, 1)),
+            time=time,
+            num_context=num_context,
+            leads=leads,
+            size=(sample.values.shape[2], sample.values.shape[3]),
+        )
+
+    def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
+        """Scaled patches (..., F, S, V, p * p) to physical fields (..., time, variable, row, column)."""
+        physical = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
+        for v, row in enumerate(tokens.variable[0]):
+            physical[..., v, :] = inverse_transform(physical[..., v, :], VARIABLE_NAMES[row])
+        return self._fields(physical, tokens.size).astype(np.float32)
+
+    def _patch_grid(self, size: tuple[int, ...]) -> tuple[int, int]:
+        patch = self.settings.grid_patch
+        return -(-size[0] // patch), -(-size[1] // patch)
+
+    def _patches(self, field: np.ndarray) -> NDArray[np.generic]:
+        """(F, V, Y, X) -> (F, S, V, p * p), padded at the high edges with zeros (False)."""
+        patch = self.settings.grid_patch
+        rows, columns = self._patch_grid(field.shape[2:])
+        frames, variables, height, width = field.shape
+        padded = np.zeros((frames, variables, rows * patch, columns * patch), field.dtype)
+        padded[:, :, :height, :width] = field
+        cut = padded.reshape(frames, variables, rows, patch, columns, patch)  # f v r p c q
+        return cut.transpose(0, 2, 4, 1, 3, 5).reshape(frames, rows * columns, variables, patch * patch)
+
+    def _fields(self, patches: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(..., F, S, V, p * p) -> (..., F, V, Y, X), the padding cut away."""
+        patch = self.settings.grid_patch
+        rows, columns = self._patch_grid(size)
+        *lead, frames, _, variables, _ = patches.shape
+        cut = patches.reshape(*lead, frames, rows, columns, variables, patch, patch)  # .. f r c v p q
+        whole = np.moveaxis(cut, -3, -5)  # .. f v r c p q
+        whole = np.moveaxis(whole, -2, -3).reshape(*lead, frames, variables, rows * patch, columns * patch)
+        return whole[..., : size[0], : size[1]]
+
+    def _slot_features(self, sample: Sample) -> np.ndarray:
+        """(S, 5): mean latitude and elevation, mean direction of longitude, level, and the patch's extent in metres."""
+        longitude = np.radians(sample.longitude.astype(np.float64))
+        place = np.stack([sample.latitude, np.cos(longitude), np.sin(longitude), sample.elevation])[None].astype(np.float64)
+        inside = self._patches(np.ones((1, 1, *sample.latitude.shape)))[0]  # s 1 k
+        mean = (self._patches(place)[0] * inside).sum(-1) / inside.sum(-1)  # s 4
+        rows, columns = self._patch_grid(sample.latitude.shape)
+        spacing = np.abs(np.diff(sample.latitude[:, 0].astype(np.float64))).mean() if len(sample.latitude) > 1 else np.nan
+        out = np.full((rows * columns, len(SLOT_FEATURES)), np.nan, np.float32)
+        out[:, 0] = mean[:, 0]
+        out[:, 1] = np.degrees(np.arctan2(mean[:, 2], mean[:, 1]))
+        out[:, 2] = mean[:, 3]
+        out[:, 3] = np.log(np.asarray(sample.levels[0], np.float64))
+        out[:, 4] = np.log(np.radians(spacing) * _EARTH_RADIUS_M * self.settings.grid_patch)
+        return out
+
+
+def _normalisation(
+    sample: Sample, transformed: np.ndarray, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offset (V, Y, X) and scale (V,) from the first `num_context` frames and the training statistics."""
+    context, valid = transformed[:num_context], sample.valid[:num_context]
+    count = valid.sum(axis=0)
+    mean = np.where(valid, context, 0.0).sum(axis=0) / np.maximum(count, 1)
+    scale = np.ones(len(sample.variables))
+    for v, channel in enumerate(sample.channels):
+        row = statistics.get(channel) if statistics else None
+        seen = context[:, v][valid[:, v]]
+        overall = row.mean if row else (float(seen.mean()) if seen.size else 0.0)
+        mean[v] = np.where(count[v] > 0, mean[v], overall)
+        anomaly = (context[:, v] - mean[v])[valid[:, v]]
+        spread = float(np.sqrt((anomaly**2).mean())) if anomaly.size else 0.0
+        floor = row.step_std if row else 0.0
+        scale[v] = max(spread, 0.5 * floor) or 1.0
+    return mean, scale

@@ -1,0 +1,269 @@
+"""Packing: documents into rows of a fixed length (best fit, decreasing), rows into a Batch that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sci_tokenizers.sample import MODALITIES
+from sci_tokenizers.tokens import FRAME_FEATURES, SLOT_FEATURES, Tokens
+
+# What the next frame's question adds to a token: its time, known in advance (never its values).
+NEXT_FEATURES = ("next_year_phase", "next_day_phase", "log_next_step")
+TOKEN_FEATURES = FRAME_FEATURES + SLOT_FEATURES + NEXT_FEATURES
+QUESTION_FEATURES = ("log_ahead", "year_phase", "day_phase")
+
+
+class PackingError(ValueError):
+    """Documents that do not fit; the message names the document, its tokens and the row length."""
+
+
+def pack_rows(lengths: Sequence[int], rows: int, row_length: int) -> list[list[int]] | None:
+    """Best-fit-decreasing placement; equal lengths keep their order, so that modalities mix as the sample order does.
+
+    Args:
+        lengths: tokens of each document.
+        rows, row_length: the space.
+
+    Returns:
+        Document positions per row, each row ascending, or None when they do not fit.
+
+    Raises:
+        PackingError: a document longer than a row.
+    """
+    free = np.full(rows, row_length, np.int64)
+    placed: list[list[int]] = [[] for _ in range(rows)]
+    for document in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
+        need = lengths[document]
+        if need > row_length:
+            raise PackingError(f"document {document} has {need} tokens, a row holds {row_length}: raise row_length or cut frames")
+        fits = np.flatnonzero(free >= need)
+        if not fits.size:
+            return None
+        best = fits[np.argmin(free[fits])]
+        free[best] -= need
+        placed[best].append(int(document))
+    return [sorted(row) for row in placed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """The tokens of one modality in a batch, N of them, and the units (token, lead) that are asked, U of them.
+
+    Attributes:
+        index: int64 (N,), position of each token in the flat batch.
+        values: float32 (N, V, K), scaled, 0 where not valid;  valid: bool (N, V, K).
+        memory: float32 (N, V, K, J);  weight: float32 (N, V, K).
+        ids: int64 (N,), series only (0 elsewhere).
+        variable: int64 (N, V), -1 where a token has fewer variables.
+        log_scale: float32 (N, V), NaN for uncalibrated counts.
+        unit_token: int64 (U,), which of the N asks;  unit_target: int64 (U,), which of the N holds the answer.
+        unit_anchor, unit_spread: float32 (U, V, K), what the head corrects: a location and the logarithm of a spread.
+        unit_lead: int64 (U,), frames ahead;  unit_weight: float32 (U,), 1 / leads of the document, 0 where nothing is valid.
+        question: float32 (U, len(QUESTION_FEATURES)).
+    """
+
+    index: np.ndarray
+    values: np.ndarray
+    valid: np.ndarray
+    memory: np.ndarray
+    weight: np.ndarray
+    ids: np.ndarray
+    variable: np.ndarray
+    log_scale: np.ndarray
+    unit_token: np.ndarray
+    unit_target: np.ndarray
+    unit_anchor: np.ndarray
+    unit_spread: np.ndarray
+    unit_lead: np.ndarray
+    unit_weight: np.ndarray
+    question: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of packed documents, flat: T = rows * row_length token positions.
+
+    Attributes:
+        rows, row_length: the shape that T stands for.
+        document: int64 (T,), number of the document in this batch, -1 where empty.
+        frame, row, column: int64 (T,), rotary positions.
+        features: float32 (T, len(TOKEN_FEATURES)), NaN where unknown.
+        payloads: {modality: Payload}, only modalities that are present.
+        spans: per document (start, frames, slots) in the flat batch.
+        keys: per document its sample key.
+        numbers: per document its sample number in the run (-1 outside a run).
+    """
+
+    rows: int
+    row_length: int
+    document: np.ndarray
+    frame: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    features: np.ndarray
+    payloads: dict[str, Payload]
+    spans: tuple[tuple[int, int, int], ...]
+    keys: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+    @property
+    def fill(self) -> float:
+        """Share of token positions that hold a token."""
+        return float((self.document >= 0).mean())
+
+
+def collate(
+    rows: Sequence[Sequence[Tokens]],
+    row_length: int,
+    *,
+    numbers: Sequence[Sequence[int]] | None = None,
+    context_only: bool = False,
+) -> Batch:
+    """Lay documents into rows.
+
+    Args:
+        rows: the documents of each row, in order.
+        row_length: tokens in a row.
+        numbers: their sample numbers in the run.
+        context_only: forecasting: keep each document's first `num_context` frames and ask only the last of them; the
+            frames after it give nothing but the times of the questions.
+
+    Raises:
+        PackingError: a row's documents hold more tokens than the row.
+    """
+    total = len(rows) * row_length
+    columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column")}
+    document = np.full(total, -1, np.int64)
+    features = np.full((total, len(TOKEN_FEATURES)), np.nan, np.float32)
+    spans: list[tuple[int, int, int]] = []
+    keys: list[str] = []
+    flat_numbers: list[int] = []
+    parts: dict[str, list[tuple[int, Tokens]]] = {}
+    for r, documents in enumerate(rows):
+        at, end = r * row_length, (r + 1) * row_length
+        for d, tokens in enumerate(documents):
+            frames = tokens.num_context if context_only else tokens.num_frames
+            count = frames * tokens.num_slots
+            if at + count > end:
+                raise PackingError(f"document {tokens.key!r} with {count} tokens overruns its row of {row_length}")
+            here = slice(at, at + count)
+            document[here] = len(spans)
+            columns["frame"][here] = np.repeat(np.arange(frames), tokens.num_slots)
+            columns["row"][here] = np.tile(tokens.row, frames)
+            columns["column"][here] = np.tile(tokens.column, frames)
+            features[here] = _token_features(tokens, frames)
+            parts.setdefault(tokens.modality, []).append((at, tokens))
+            spans.append((at, frames, tokens.num_slots))
+            keys.append(tokens.key)
+            flat_numbers.append(numbers[r][d] if numbers is not None else -1)
+            at += count
+    payloads = {m: _payload(parts[m], context_only=context_only) for m in MODALITIES if m in parts}
+    return Batch(
+        rows=len(rows),
+        row_length=row_length,
+        document=document,
+        features=features,
+        payloads=payloads,
+        spans=tuple(spans),
+        keys=tuple(keys),
+        numbers=tuple(flat_numbers),
+        **columns,
+    )
+
+
+def _token_features(tokens: Tokens, frames: int) -> np.ndarray:
+    """(frames * S, features): frame, slot, and the next frame's time and step (NaN after the last frame)."""
+    upcoming = np.full((tokens.num_frames, len(NEXT_FEATURES)), np.nan, np.float32)
+    upcoming[:-1, :2] = tokens.frame_features[1:, :2]
+    upcoming[:-1, 2] = np.log(np.diff(tokens.time))
+    per_frame = np.concatenate([tokens.frame_features, upcoming], axis=1)[:frames]
+    slots = tokens.num_slots
+    repeated = np.repeat(per_frame, slots, axis=0)
+    tiled = np.tile(tokens.slot_features, (frames, 1))
+    known = len(FRAME_FEATURES)
+    return np.concatenate([repeated[:, :known], tiled, repeated[:, known:]], axis=1)
+
+
+def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payload:
+    """Concatenate the documents of one modality; variables are padded to the widest document."""
+    width = max(tokens.payload.shape[2] for _, tokens in parts)
+    fields: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for start, tokens in parts:
+        frames = tokens.num_context if context_only else tokens.num_frames
+        count = frames * tokens.num_slots
+        flat = _flatten(tokens, frames, width)
+        units = _units(tokens, context_only=context_only)
+        origin, target, lead, slot, valid = units
+        which = np.searchsorted(tokens.leads, lead) if tokens.anchor.shape[-1] > 1 else np.zeros(len(lead), np.int64)
+        flat |= {
+            "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, 0.0),
+            "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, 0.0),
+            "index": start + np.arange(count),
+            "unit_token": first + origin * tokens.num_slots + slot,
+            "unit_target": first + target * tokens.num_slots + slot if not context_only else np.zeros(len(lead), np.int64),
+            "unit_lead": lead,
+            "unit_weight": (valid / len(tokens.leads)).astype(np.float32),
+            "question": np.stack(
+                [
+                    np.log(tokens.time[target] - tokens.time[origin]),
+                    tokens.frame_features[target, 0],
+                    tokens.frame_features[target, 1],
+                ],
+                axis=1,
+            ).astype(np.float32),
+        }
+        for name, array in flat.items():
+            fields.setdefault(name, []).append(array)
+        first += count
+    return Payload(**{name: np.concatenate(arrays) for name, arrays in fields.items()})
+
+
+def _wide(array: np.ndarray, width: int, fill: float | bool | int) -> np.ndarray:
+    """Pad axis 1 (variables) to `width`."""
+    if array.shape[1] == width:
+        return array
+    shape = (array.shape[0], width - array.shape[1], *array.shape[2:])
+    return np.concatenate([array, np.full(shape, fill, array.dtype)], axis=1)
+
+
+def _flatten(tokens: Tokens, frames: int, width: int) -> dict[str, np.ndarray]:
+    """Per-token arrays of one document, its variable axis padded to `width`."""
+    count = frames * tokens.num_slots
+
+    def per_token(array: np.ndarray) -> np.ndarray:
+        return array[:frames].reshape(count, *array.shape[2:])
+
+    def per_slot(array: np.ndarray) -> np.ndarray:
+        return np.tile(array, (frames, *([1] * (array.ndim - 1))))
+
+    return {
+        "values": _wide(per_token(tokens.payload), width, 0.0),
+        "valid": _wide(per_token(tokens.valid), width, False),
+        "memory": _wide(per_token(tokens.memory), width, 0.0),
+        "weight": _wide(per_slot(tokens.weight), width, 0.0),
+        "ids": (tokens.ids[:frames].reshape(count) if tokens.ids is not None else np.zeros(count)).astype(np.int64),
+        "variable": _wide(per_slot(tokens.variable).astype(np.int64), width, -1),
+        "log_scale": _wide(per_slot(tokens.log_scale), width, np.nan),
+    }
+
+
+def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(origin frame, target frame, lead, slot, valid) of every question of a document.
+
+    Origins start at the last context frame, since the scales know all frames before it.
+    """
+    last = tokens.num_context - 1
+    origins = np.array([last]) if context_only else np.arange(last, tokens.num_frames)
+    origin, lead = np.meshgrid(origins, np.array(tokens.leads), indexing="ij")
+    origin, lead = origin.ravel(), lead.ravel()
+    inside = origin + lead < tokens.num_frames
+    origin, lead = origin[inside], lead[inside]
+    origin, lead = np.repeat(origin, tokens.num_slots), np.repeat(lead, tokens.num_slots)
+    slot = np.tile(np.arange(tokens.num_slots), inside.sum())
+    target = origin + lead
+    answered = (tokens.valid & (tokens.weight > 0)).any(axis=(2, 3))
+    return origin, target, lead, slot, answered[target, slot]

@@ -1,0 +1,122 @@
+"""Series tokenizer: a frame is a time, a slot is a variable at the station, a token is one quantized value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sci_tokenizers.quantizer import Quantizer, mean_scale
+from sci_tokenizers.sample import Sample
+from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.tokenizer import (
+    Tokenizer,
+    TokenizerSettings,
+    frame_features,
+    last_valid,
+    log_scales,
+    memories,
+    variable_rows,
+)
+from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
+from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+
+
+class SeriesTokenizer(Tokenizer):
+    """transform -> minus the training climatology's cycle and the context's median of what is left -> Chronos scale and bins.
+
+    A source never seen has no climatology: the context's median alone is the offset. What the median took away stays known:
+    the memory's last entry leads from the anchor to the climatology.
+    """
+
+    modality = "series"
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        super().__init__(settings)
+        self.quantizer = Quantizer(settings.series_ids, settings.series_limit)
+
+    @property
+    def frame_times(self) -> int:
+        """One time."""
+        return 1
+
+    def num_slots(self, shape: tuple[int, int, int]) -> int:
+        """One slot per variable."""
+        return shape[0]
+
+    def encode(
+        self,
+        sample: Sample,
+        *,
+        num_context: int,
+        leads: tuple[int, ...],
+        statistics: Mapping[str, ChannelStatistics] | None = None,
+    ) -> Tokens:
+        """See `Tokenizer.encode`; payload (F, S, 1, 1) holds the centre of each id's bin."""
+        frames = self._check(sample, num_context)
+        values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
+        slots = values.shape[1]
+        offset, floor = np.zeros((frames, slots)), np.full(slots, 1e-9)
+        centred = np.zeros((frames, slots))
+        for s, (name, channel) in enumerate(zip(sample.variables, sample.channels, strict=True)):
+            transformed = forward_transform(values[:, s].astype(np.float64), name)
+            row = statistics.get(channel) if statistics else None
+            if row is not None:
+                offset[:, s] = row.climatology_at(sample.year_phase, sample.day_phase)
+                floor[s] = row.step_std
+            centred[:, s] = transformed - offset[:, s]
+        seen = np.where(valid[:num_context], centred[:num_context], np.nan)
+        seen[:, ~valid[:num_context].any(axis=0)] = 0.0
+        level = np.nanmedian(seen, axis=0)
+        centred, offset = centred - level, offset + level
+        # A context of calm or dry hours would make its own scale so small that the first gust or shower is clipped: the
+        # training split's one-step spread is the floor.
+        scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
+        ids = self.quantizer.ids(centred / scale, valid)
+        payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
+        anchor = last_valid(payload, valid[:, :, None, None])
+        features, time = frame_features(sample, 1)
+        return Tokens(
+            key=sample.key,
+            source=sample.source,
+            modality="series",
+            payload=payload,
+            valid=valid[:, :, None, None],
+            ids=ids,
+            anchor=anchor[..., None],
+            anchor_spread=np.zeros((*anchor.shape, 1), np.float32),
+            memory=memories(payload, valid[:, :, None, None], anchor=anchor, home=-level / scale),
+            weight=np.ones((slots, 1, 1), np.float32),
+            variable=variable_rows(sample)[:, None],
+            row=np.zeros(slots, np.int16),
+            column=np.zeros(slots, np.int16),
+            frame_features=features,
+            slot_features=_slot_features(sample),
+            log_scale=log_scales(scale, sample)[:, None],
+            offset=offset.astype(np.float32)[:, :, None, None],
+            scale=scale.astype(np.float32)[:, None],
+            time=time,
+            num_context=num_context,
+            leads=leads,
+        )
+
+    def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
+        """Scaled values (..., F, S, 1, 1) to physical (..., time, variable, 1, 1)."""
+        transformed = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
+        names = [VARIABLE_NAMES[row] for row in tokens.variable[:, 0]]
+        physical = np.stack([inverse_transform(transformed[..., s, :, :], name) for s, name in enumerate(names)], axis=-3)
+        return physical.astype(np.float32)
+
+    def _clipped_share(self, tokens: Tokens, variable: int) -> float:
+        valid = tokens.valid[:, variable, 0, 0]
+        edge = np.abs(tokens.payload[:, variable, 0, 0]) >= self.settings.series_limit
+        return float((edge & valid).sum() / max(valid.sum(), 1))
+
+
+def _slot_features(sample: Sample) -> np.ndarray:
+    """(S, 5): place is the station's, level the variable's, no extent."""
+    out = np.full((len(sample.variables), len(SLOT_FEATURES)), np.nan, np.float32)
+    out[:, 0], out[:, 1] = sample.latitude[0, 0], sample.longitude[0, 0]
+    out[:, 2] = sample.elevation[0, 0]
+    out[:, 3] = np.log(np.asarray(sample.levels, np.float64))
+    return out
