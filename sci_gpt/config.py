@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import types
 import typing
 from datetime import date
@@ -304,6 +305,13 @@ def parse_config(tree: dict[str, Any], kind: type[Config], *, where: str) -> Con
     except ValidationError as error:
         # Unknown keys first: a misspelt required key is also a missing one, and the misspelling is what must be mended.
         items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        # A list whose entries are wrong is also too short; only the entries are worth a word.
+        places = [item["loc"] for item in items]
+        items = [
+            row
+            for row in items
+            if not any(len(row["loc"]) < len(p) and p[: len(row["loc"])] == row["loc"] for p in places)
+        ]
         raise ConfigError(f"{where}: " + "; ".join(_explain(kind, item) for item in items[:3])) from error
 
 
@@ -323,7 +331,7 @@ def _explain(kind: type[Node], item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # one of our own checks: it says what came
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {item.get('input')!r}"
+    return f"{where}: {message}, got {reprlib.repr(item.get('input'))}"
 
 
 def _keys_at(kind: type[Node], location: tuple[Any, ...]) -> list[str]:

@@ -37,6 +37,7 @@ class Net(nn.Module):
         self.tied = self.second.weight
         self.gain = nn.Parameter(torch.ones(1))
         self.frozen = nn.Parameter(torch.full((3,), 0.1), requires_grad=False)
+        self.register_buffer("third", torch.tensor([1.0 / 3.0]), persistent=False)
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
@@ -128,7 +129,10 @@ def missing_names(engine: Engine) -> list[str]:
     if stage in (1, 2):
         mapped = [p for p in engine.module.parameters() if getattr(p, "_hp_mapping", None) is not None]
         owners += [(zero, ("update_lp_params",)), (parameter, ("_hp_mapping",))]
-        owners += [(p._hp_mapping, ("lp_fragment_address", "hp_fragment_address", "param_group_index")) for p in mapped]
+        owners += [
+            (vars(p)["_hp_mapping"], ("lp_fragment_address", "hp_fragment_address", "param_group_index"))
+            for p in mapped
+        ]
     if stage == 3:
         owners.append((parameter, ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")))
         names = ("fp16_groups", "fp32_partitioned_groups_flat", "persistent_parameters")
@@ -167,6 +171,7 @@ def main() -> None:
         seen["accumulated"] = train(engine, range(STEPS))
         engine.close()
         engine = make(world, zero_stage=1, dtype="bf16")
+        seen["bf16_buffer"] = float(engine.module.get_buffer("third")) == float(torch.tensor(1.0 / 3.0))
         seen["bf16"] = train(engine, range(STEPS))
         seen["bf16_broken"] = train(engine, range(1), break_rank=0)
         engine.close()

@@ -42,8 +42,8 @@ class Desk:
         """A build into the existing store, with `a__b` for the key a.b of the only source."""
         tree = yaml.safe_load(self.data.read_text(encoding="utf-8"))
         source = tree["sources"][0]
-        for path, value in changes.items():
-            *parents, last = path.split("__")
+        for key, value in changes.items():
+            *parents, last = key.split("__")
             node = tree if parents[:1] == ["calendar"] else source
             for part in parents:
                 node = node[int(part) if part.isdigit() else part]
@@ -146,7 +146,7 @@ CASES = {
     "unreadable file, build": Case(
         argv=lambda desk: desk.build("b", files=[str(desk.write("garbage.csv", GARBAGE))]),
         name="garbage.csv",
-        remedy="read",
+        remedy="give a whole file",
     ),
     "unreadable file, forecast": Case(
         argv=lambda desk: desk.forecast(desk.write("garbage.nc", GARBAGE)),
@@ -155,7 +155,9 @@ CASES = {
         output=outputs,
     ),
     "unreadable file, inspect": Case(
-        argv=lambda desk: ["inspect", str(desk.write("garbage.mseed", GARBAGE))], name="garbage.mseed", remedy="read"
+        argv=lambda desk: ["inspect", str(desk.write("garbage.mseed", GARBAGE))],
+        name="garbage.mseed",
+        remedy="give a whole file",
     ),
     "variable not in the table, build": Case(
         argv=lambda desk: desk.build("c", options__columns__co2__variable="mole_fraction_of_carbon_dioxid"),
@@ -245,7 +247,7 @@ CASES = {
     "full disk, build": Case(
         argv=lambda desk: ["build", str(desk.data), "--set", f"output={desk.tiny}/store"],
         name="tiny/store",
-        remedy="nothing was changed there",
+        remedy="free some space",
         output=lambda desk: desk.tiny,
         fresh=True,
         limit=4096,
@@ -290,7 +292,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     other.write_text(other.read_text().replace("0123456789abcdef", "fedcba9876543210"))
     table(40).to_csv(folder / "station.csv", index_label="time")
     mounted = _mount(folder / "tiny")
-    (folder / "tiny" / "kept.txt").write_text("was here before")
+    (folder / "tiny" / "forecast.csv").write_text("an earlier forecast, which must survive")
     yield Desk(folder=folder, data=data, run=run, tiny=folder / "tiny")
     if mounted:
         subprocess.run(["umount", str(folder / "tiny")], check=True)
@@ -336,7 +338,6 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
     else:
         capfd.readouterr()
         code, error = cli.main(arguments), capfd.readouterr().err
-    if os.environ.get("H4SHOW"): open("/tmp/h4_msgs","a").write(name+" :: "+error)
     assert code == 2, error
     assert error.count("\n") == 1 and error.startswith("sci-gpt: "), error
     assert case.name in error, error

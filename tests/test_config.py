@@ -185,6 +185,15 @@ def test_the_error_names_at_most_three_places(tmp_path: Path) -> None:
     assert str(caught.value).count("unknown key") == 3
 
 
+def test_a_misspelt_key_in_the_only_entry_of_a_list_is_said_once(tmp_path: Path) -> None:
+    tree = pretrain_tree()
+    del tree["mixture"][1]
+    tree["mixture"][0]["wieght"] = 1.0
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, tree), PretrainConfig)
+    assert str(caught.value).endswith("unknown key 'mixture.0.wieght'; nearest: 'weight'")
+
+
 def every_configuration() -> list[tuple[Path, type[Config]]]:
     kinds: dict[str, type[Config]] = {"data": DataConfig, "pretrain": PretrainConfig}  # type: ignore[dict-item]
     return [(path, kinds[path.parent.name]) for path in sorted((ROOT / "configs").glob("*/*.yaml"))]

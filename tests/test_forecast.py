@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.film import Notes
+from sci_gpt.recipes.film_series import SeriesFilm
 from sci_gpt.recipes.load import LoadedModel, load_model
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.variables import UnitError, UnknownVariableError
@@ -150,6 +152,35 @@ def test_a_trained_source_is_scaled_by_its_own_statistics_and_must_have_its_chan
     other = data.rename(columns={"wind_speed": "relative_humidity"})
     with pytest.raises(ConfigError, match=r"source 'station' has no channel 'relative_humidity'"):
         model.forecast(other, 1, notes=Notes(source="station"))
+
+
+def test_the_nearest_source_is_by_step_then_by_variables_then_by_lead(model: LoadedModel) -> None:
+    entries = {entry.source: entry for entry in model.config.mixture}
+    station = model.sources["station"]
+    sources = dict(model.sources) | {
+        "daily": replace(station, step_seconds=86400.0),
+        "snow": replace(station, step_seconds=86400.0),
+        "long": replace(station, step_seconds=86400.0),
+    }
+    mixture = [*entries.values()]
+    mixture += [entries["station"].model_copy(update={"source": name}) for name in ("daily", "snow")]
+    mixture.append(entries["station"].model_copy(update={"source": "long", "leads": (1, 5)}))
+    temperature = model.statistics["station"]["air_temperature"]
+    statistics = dict(model.statistics) | {
+        "daily": {"air_temperature@85000": temperature},
+        "snow": {"surface_snow_amount": temperature},
+        "long": {"air_temperature": temperature},
+    }
+    config = model.config.model_copy(update={"mixture": tuple(mixture)})
+    wide = replace(model, sources=sources, config=config, statistics=statistics)
+
+    def nearest(data: pd.DataFrame) -> str:
+        return wide.entry(SeriesFilm(data, notes=Notes(), options={}).contexts[0]).source
+
+    assert nearest(table(freq="2h")) == "station"
+    assert nearest(table(freq="D").drop(columns="wind_speed")) == "long"
+    snow = table(freq="D").rename(columns={"wind_speed": "surface_snow_amount"}).drop(columns="air_temperature")
+    assert nearest(snow) == "snow"
 
 
 def test_a_place_is_told_to_the_model(model: LoadedModel) -> None:

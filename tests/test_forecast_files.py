@@ -241,6 +241,18 @@ def test_a_forecast_file_of_another_kind_is_refused(config: PretrainConfig, tmp_
         )
 
 
+def test_a_forecast_into_a_folder_that_is_not_there_is_refused(config: PretrainConfig, tmp_path: Path) -> None:
+    table().to_csv(tmp_path / "in.csv")
+    with pytest.raises(ConfigError, match=r"no folder '.*nowhere' for the forecast"):
+        forecast_file(
+            str(config.output),
+            tmp_path / "in.csv",
+            horizon=1,
+            out=tmp_path / "nowhere" / "out.csv",
+            options=FileOptions(),
+        )
+
+
 @pytest.mark.parametrize("name", ["in.nc", "in.csv", "in.mseed"])
 def test_bytes_that_are_no_such_file_are_refused(config: PretrainConfig, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

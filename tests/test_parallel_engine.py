@@ -62,6 +62,7 @@ def test_micro_batches_give_the_same_losses(seen: list[dict[str, Any]]) -> None:
 def test_bf16_follows_fp32(seen: list[dict[str, Any]]) -> None:
     losses = [step["loss"] for step in seen[0]["bf16"]]
     assert losses == pytest.approx([step["loss"] for step in seen[0]["reference"]], rel=2e-2)
+    assert seen[0]["bf16_buffer"], "constants of the model (frequencies) must stay fp32"
 
 
 @pytest.mark.parametrize("stage", STAGES)

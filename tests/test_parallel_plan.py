@@ -32,7 +32,7 @@ def test_bf16_at_zero_0_is_refused() -> None:
     ("change", "named"),
     [({"data_parallel": 0}, "data_parallel"), ({"zero_stage": 4}, "zero_stage"), ({"accumulation": 0}, "accumulation")],
 )
-def test_a_number_out_of_range_is_named(change: dict[str, int], named: str) -> None:
+def test_a_number_out_of_range_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ParallelPlan(**({"data_parallel": 2} | change))
 

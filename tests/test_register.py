@@ -16,16 +16,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from sci_gpt.config import PretrainConfig
+from sci_gpt.config import PretrainConfig, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.recipes.load import load_model
 from sci_gpt.recipes.register import register_model
 from sci_gpt.train.run_folder import TRACKING
+from sci_launch import cli
 from test_forecast import table
 from test_forecast_fields import field
 from test_forecast_waveforms import record
-from toy_model import make_run, moved_model, write_checkpoint
+from toy_model import make_run, moved_model, toy_data, write_checkpoint
+from toy_store import toy_config
 
 NAME = "toy-model"
 
@@ -139,6 +141,29 @@ def test_a_fresh_process_loads_the_candidate_and_forecasts_all_three_kinds(
         "25",
         "75",
     }
+
+
+def test_the_command_line_trains_registers_once_and_forecasts_with_the_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = toy_data(tmp_path / "store")
+    short = {"steps": 3, "warmup_steps": 1, "cooldown_steps": 1}
+    config = toy_config(store, tmp_path / "run", schedule=short, parallel={"processes": 1}, tracking=tracking(tmp_path))
+    (tmp_path / "run.yaml").write_text(show_config(config), encoding="utf-8")
+    for _ in range(2):  # the second call finds a complete and registered run
+        assert cli.main(["pretrain", str(tmp_path / "run.yaml")]) == 0
+    client = client_of(config)
+    versions = client.search_model_versions(f"name='{NAME}'")
+    assert [str(version.version) for version in versions] == ["1"]
+    assert versions[0].run_id == json.loads((config.output / TRACKING).read_text())["run_id"]
+    table().to_csv(tmp_path / "in.csv", index_label="time")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.tracking.uri)
+    command = ["forecast", f"models:/{NAME}@candidate", str(tmp_path / "in.csv"), "--horizon", "2"]
+    assert cli.main([*command, "--out", str(tmp_path / "out.csv")]) == 0
+    expected = load_model(config.output).forecast(table(), 2)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "out.csv").drop(columns="time"), expected.drop(columns="time"), rtol=1e-5
+    )
 
 
 def test_a_row_of_an_unknown_kind_is_refused(registered: PretrainConfig) -> None:

@@ -99,6 +99,12 @@ def at_step(run: Path, step: int, process: subprocess.Popen[str], *, do: Callabl
     raise AssertionError(f"step {step} was not reached while the run went on: {process.poll()}")
 
 
+def kill_workers(process: subprocess.Popen[str]) -> None:
+    """kill -9 for every worker, none for the launcher."""
+    for worker in psutil.Process(process.pid).children():
+        worker.kill()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pretrain")
@@ -120,8 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     killed = configuration(folder, store, "killed")
     process = start(killed)
-    workers = psutil.Process(process.pid)
-    at_step(killed.output, 12, process, do=lambda: [worker.kill() for worker in workers.children()])  # type: ignore[func-returns-value]
+    at_step(killed.output, 12, process, do=lambda: kill_workers(process))
     output["killed"] = end(process, code=1)
     (killed.output / "checkpoints" / "step-00000011").mkdir()  # as a save that never finished leaves it
     with (killed.output / "log.jsonl").open("a") as log:

@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.errors import CheckpointError, ConfigError, DataError
 from sci_gpt.parallel.engine import StepOutcome
 from sci_gpt.train.agreement import Report, agree
+from sci_gpt.train.checkpoint import committed
+from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import StepRows
+from sci_gpt.train.fragments import Holding
+from sci_gpt.train.resume import Start, where_to_go_on
 from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.trainer import MOST_BROKEN_STEPS, Parts, Settings, Trainer
 
 STEPS = 6
+NEW = Start(checkpoint=None, step=0, next_sample=0)
 
 
 class OneProcess:
@@ -130,8 +137,16 @@ class Memory:
         self.saves.append((step, next_sample))
 
 
-def trainer(feed: Steps, memory: Memory, *, steps: int = STEPS, requests: Requests | None = None) -> Trainer:
-    engine: Any = PlainEngine()
+def trainer(
+    feed: Steps,
+    memory: Memory,
+    *,
+    steps: int = STEPS,
+    requests: Requests | None = None,
+    engine: Any = None,
+    start: Start = NEW,
+) -> Trainer:
+    engine = engine or PlainEngine()
     return Trainer(
         Parts(
             engine=engine,
@@ -150,6 +165,8 @@ def trainer(feed: Steps, memory: Memory, *, steps: int = STEPS, requests: Reques
             validate_every=3,
             most_passed_over=20,
         ),
+        step=start.step,
+        next_sample=start.next_sample,
     )
 
 
@@ -176,6 +193,21 @@ def test_a_broken_step_is_skipped_counted_and_its_rows_are_named(capsys: pytest.
     # the step after it goes on from the weights before it
     assert memory.records[3]["loss"] == pytest.approx(0.64**2, rel=1e-5)
     assert "step 3 is skipped on all ranks: the loss is not finite in the rows of sample 4" in capsys.readouterr().err
+
+
+def test_a_broken_loss_with_a_finite_gradient_is_refused_too() -> None:
+    class Added(Targets):
+        """The loss is infinite, but only by a number added to it: its gradient is finite."""
+
+        def sums(self, predictions: Tensor, inputs: Any) -> dict[str, Tensor]:
+            return {name: value + math.inf for name, value in super().sums(predictions, inputs).items()}
+
+    memory, engine = Memory(), PlainEngine()
+    run = trainer(Steps(), memory, steps=2, engine=engine)
+    run.parts = replace(run.parts, objective=Added())
+    run.run()
+    assert [record["applied"] for record in memory.records] == [False, False]
+    assert float(engine.module.weight.detach()) == 0.0
 
 
 def test_ten_broken_steps_in_a_row_stop_the_run() -> None:
@@ -259,3 +291,53 @@ def test_all_ranks_reports_are_summed_flags_are_any_and_the_wait_is_the_slowest(
     assert (result.passed_over, result.stop, result.save, result.wait_seconds) == (1, True, True, 7.0)
     assert result.previous_broken == (1,)
     assert result.global_weight({"grid": 2.0, "series": 1.0, "trace": 0.5}) == 2.0 * 1.5 + 0.5 * 3.0
+
+
+class Unequal(OneProcess):
+    """A world of two, whose other rank holds 28 of the series weight and had a loss sum of 6 in every step."""
+
+    size = 2
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        other = [0.0] * len(values)
+        other[1], other[4] = 28.0, 6.0  # series weight, series loss of the step before
+        return [values, other]
+
+
+def test_a_rank_divides_by_the_weight_of_all_ranks() -> None:
+    engine: Any = PlainEngine()
+    engine.world, engine.plan = Unequal(), SimpleNamespace(loss_multiplier=2)
+    losses: list[float] = []
+    back = engine.backward
+
+    def backward(loss: Tensor) -> None:
+        losses.append(float(loss.detach()))
+        back(loss)
+
+    engine.backward = backward
+    memory = Memory()
+    trainer(Steps(), memory, steps=1, engine=engine).run()
+    # own sum 4 (1 - 0)^2, factor 0.5; times 2 processes (DeepSpeed averages); over 0.5 x (4 + 28)
+    assert losses == [pytest.approx(0.5 * 4.0 * 2 / (0.5 * 32.0))]
+    # the logged loss is that of both ranks: (4 + 6) / 32, factors cancel with one modality
+    assert memory.records[0]["loss"] == pytest.approx(10.0 / 32.0)
+
+
+def test_a_resumed_run_eats_every_sample_once(tmp_path: Path) -> None:
+    class OnDisk(Memory):
+        def save(self, step: int, next_sample: int) -> None:
+            super().save(step, next_sample)
+            writer = CheckpointWriter(tmp_path, rank=0, size=1, session="s")
+            state = {"identity": {"seed": 1}, "step": step, "next_sample": next_sample}
+            writer.save(step, Holding(tensors={}, fragments=[], parameters={}, adam_step=None), state=state)
+
+    memory = OnDisk()
+    assert where_to_go_on(tmp_path, {"seed": 1}) == NEW
+    trainer(Steps(), memory, steps=4).run()
+    start = where_to_go_on(tmp_path, {"seed": 1})
+    trainer(Steps(), memory, start=start).run()
+    assert memory.eaten == list(range(2 * STEPS))
+    assert [record["step"] for record in memory.records] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in committed(tmp_path)] == ["step-00000004", "step-00000006"]
+    with pytest.raises(CheckpointError, match="seed is 1 there and 2 here"):
+        where_to_go_on(tmp_path, {"seed": 2})

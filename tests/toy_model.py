@@ -23,14 +23,18 @@ from toy_store import toy_config, write_store
 LICENCES = {"nature": "simulation", "licence": "CC0", "citation": "made up for tests"}
 
 
-def make_run(folder: Path, **changes: Any) -> PretrainConfig:
-    """A store, a configuration and one checkpoint under `folder`; the weights are the initial ones, moved a little."""
-    path = write_store(folder / "store") / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+def toy_data(path: Path) -> Path:
+    """The toy store with what a model card says of its sources."""
+    manifest = json.loads((write_store(path) / "manifest.json").read_text(encoding="utf-8"))
     for row in manifest["sources"].values():
         row.update(LICENCES)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    store = Store.open(folder / "store")
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return path
+
+
+def make_run(folder: Path, **changes: Any) -> PretrainConfig:
+    """A store, a configuration and one checkpoint under `folder`; the weights are the initial ones, moved a little."""
+    store = Store.open(toy_data(folder / "store"))
     config = toy_config(folder / "store", folder / "run", **changes)
     write_checkpoint(config, store, moved_model(config), step=24)
     return config

@@ -41,7 +41,7 @@ def write_store(path: Path) -> Path:
         "format_version": FORMAT_VERSION,
         "fingerprint": "0123456789abcdef",
         "sources": {
-            name: facts | {"levels": [None] * len(facts["variables"]), "gap_days": 1.0}
+            name: facts | {"levels": [None] * len(facts["variables"]), "gap_days": None}
             for name, facts in SOURCES.items()
         },
     }

@@ -81,7 +81,7 @@ class DressedBaseline(Baseline):
         self.climatology = climatology
         self.fit_point(train)
         errors = train.future - self.training_point(train)
-        self.dressing = fit_dressing(train, errors, climatology)
+        self.dressing = fit_dressing(train, errors, climatology=climatology)
         self.shape = fit_shape(errors / self.dressing.at(train))
 
     def predict(self, test: WindowSet) -> Forecast:
@@ -126,7 +126,7 @@ class Dressing:
         return np.asarray(np.sqrt(variance[..., None, None] * factor[:, None, None]))
 
 
-def fit_dressing(train: WindowSet, errors: np.ndarray, climatology: Climatology) -> Dressing:
+def fit_dressing(train: WindowSet, errors: np.ndarray, *, climatology: Climatology) -> Dressing:
     """Mean squared training errors by channel, lead and month, and their ratio between cells of known places.
 
     A month's variance is shrunk to that of all months with a weight of 30 windows, so that a month without training

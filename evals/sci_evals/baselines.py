@@ -7,7 +7,14 @@ import numpy as np
 from sci_evals.autoregressive import AutoRegression, ContextMedian, TracePersistence, Zero
 from sci_evals.baseline import Baseline, Forecast
 from sci_evals.climatology import fit_climatology
-from sci_evals.naive import DampedPersistence, Persistence, RecentMean, SeasonAgo, SeasonalClimatology
+from sci_evals.naive import (
+    AnomalyPersistence,
+    DampedPersistence,
+    Persistence,
+    RecentMean,
+    SeasonAgo,
+    SeasonalClimatology,
+)
 from sci_evals.ridge import Ridge, SeasonalRidge
 from sci_evals.windowset import WindowSet
 from sci_gpt.errors import DataError
@@ -15,6 +22,7 @@ from sci_gpt.errors import DataError
 BASELINES: dict[str, type[Baseline]] = {
     "persistence": Persistence,
     "climatology": SeasonalClimatology,
+    "anomaly persistence": AnomalyPersistence,
     "damped persistence": DampedPersistence,
     "recent mean": RecentMean,
     "season ago": SeasonAgo,

@@ -96,7 +96,7 @@ def _fit_cells(train: WindowSet, subset: np.ndarray, *, num_year: int, num_day: 
     values = train.work[rows, columns].astype(np.float64)  # (R, V, Y, X)
     valid = train.valid[rows, columns]
     design = harmonics(train.year_phase[rows, columns], train.day_phase[rows, columns], num_year, num_day)  # (R, K)
-    own = _solve(design, values.reshape(len(values), -1), valid.reshape(len(valid), -1))  # (K, V Y X)
+    own = _solve(design, values.reshape(len(values), -1), valid=valid.reshape(len(valid), -1))  # (K, V Y X)
     if np.isnan(own).any():
         count = valid.sum(axis=(0, 2, 3))
         mean = np.where(valid, values, 0.0).sum(axis=(0, 2, 3)) / np.maximum(count, 1)  # (V,)
@@ -106,7 +106,7 @@ def _fit_cells(train: WindowSet, subset: np.ndarray, *, num_year: int, num_day: 
     return own.reshape(-1, *values.shape[1:])
 
 
-def _solve(design: np.ndarray, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def _solve(design: np.ndarray, values: np.ndarray, *, valid: np.ndarray) -> np.ndarray:
     """Least squares per column over its valid rows: (K, columns); NaN where a column has no valid row."""
     ridge = 1e-6 * np.eye(design.shape[1])
     count = valid.sum(axis=0)

@@ -16,7 +16,15 @@ from sci_evals.exhibits import Exhibit, make_exhibits
 from sci_evals.metrics import LEVELS
 from sci_evals.report import write_report
 from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, Results, log_results, print_table, write_results
-from sci_evals.scores import QuantileModel, Score, WindowScores, compare, score_baseline, score_quantiles
+from sci_evals.scores import (
+    QuantileModel,
+    Score,
+    WindowScores,
+    compare,
+    score_baseline,
+    score_quantiles,
+    scored_channels,
+)
 from sci_evals.tasks import EvalTask, task_for
 from sci_evals.windowset import WindowSet, WindowShape, read_windows
 from sci_gpt.config import MixtureEntry, PretrainConfig
@@ -76,11 +84,16 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     exhibits: list[Exhibit] = []
     left_out: dict[str, str] = {}
     for entry in config.mixture:
-        contest, train = open_contest(store, entry, config)
+        contest, train = open_contest(store, entry, config=config)
         if contest is None or train is None:
             left_out[entry.source] = "no window of its test (or training) split fits; nothing can be said of it"
             print(f"evaluate {entry.source}: left out: {left_out[entry.source]}", flush=True)
             continue
+        left_out |= {
+            f"{entry.source} {channel}": "an angle or a category has no absolute error; give it as components"
+            for number, channel in enumerate(contest.test.channels)
+            if number not in scored_channels(contest.test)
+        }
         everything, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
         scores = score_model(loaded.predictor, contest.test)
         rows += contest.rows({TRAINED: scores}, config=config, index=everything)
@@ -124,7 +137,9 @@ def load_matching(run: Path, store: Store) -> LoadedModel:
     return loaded
 
 
-def open_contest(store: Store, entry: MixtureEntry, config: PretrainConfig) -> tuple[Contest | None, WindowSet | None]:
+def open_contest(
+    store: Store, entry: MixtureEntry, *, config: PretrainConfig
+) -> tuple[Contest | None, WindowSet | None]:
     """Test and training windows of a source, and the baselines' scores; None where no window fits.
 
     The context is what a training document leaves before its longest lead.
@@ -187,5 +202,5 @@ def thin(total: int, count: int) -> np.ndarray:
 
 
 def control_windows(total: int) -> np.ndarray:
-    """The windows that controls are scored on: every other one, at most 256 (they need no fine interval)."""
-    return thin(total, min(_CONTROL_WINDOWS, -(-total // 2)))
+    """The windows that controls are scored on: half of them, but 128 to 256 (they need no fine interval)."""
+    return thin(total, int(np.clip(total // 2, _CONTROL_WINDOWS // 2, _CONTROL_WINDOWS)))

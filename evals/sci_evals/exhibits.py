@@ -136,7 +136,7 @@ def _spread_over_time(windows: WindowSet, count: int) -> np.ndarray:
     return np.asarray(order[places.astype(int)])
 
 
-def _band(forecast: Forecast, variable: str, channel: int) -> np.ndarray:
+def _band(forecast: Forecast, variable: str, *, channel: int) -> np.ndarray:
     """10, 50 and 90 % of a baseline in physical units: (3, N, lead, frame_times, Y, X)."""
     return np.stack([inverse_transform(forecast.quantile(level, channel), variable) for level in (_LOW, MEDIAN, _HIGH)])
 
@@ -148,7 +148,7 @@ def _series(windows: WindowSet, quantiles: Sequence[np.ndarray], *, forecast: Fo
     index = shape.future_index[:, 0]
     seen = slice(max(0, shape.context_times - max(24, 3 * max(shape.leads))), shape.context_times)
     later = slice(shape.context_times, shape.num_times)
-    bands = _band(forecast, windows.variables[channel], channel)
+    bands = _band(forecast, windows.variables[channel], channel=channel)
     values = np.where(windows.valid, windows.values, np.nan)[:, :, channel, 0, 0]
     panels = [
         SeriesPanel(
@@ -186,7 +186,7 @@ def _maps(test: WindowSet, *, model: QuantileModel, forecast: Forecast, best: st
     )
     truth = np.concatenate(list(windows.truth[:, 0, 0, 0]), axis=1)  # (Y, X of all tiles)
     median = np.concatenate([part[MEDIAN, 0, 0, 0] for part in quantiles], axis=1)
-    baseline = np.concatenate(list(_band(forecast.take(tiles), test.variables[0], 0)[1, :, 0, 0]), axis=1)
+    baseline = np.concatenate(list(_band(forecast.take(tiles), test.variables[0], channel=0)[1, :, 0, 0]), axis=1)
     places = [test.places[row] for row in windows.stretch]
     return [
         MapExhibit(
@@ -238,7 +238,7 @@ def _waves(store: Store, test: WindowSet, *, model: QuantileModel, best: str) ->
             [part[[_LOW, MEDIAN, _HIGH], :, :, component, 0, 0].reshape(3, -1) for part in quantiles], axis=1
         )
         forecast = forecast_baselines(windows, windows)[best]
-        band = _band(forecast, windows.variables[component], component)
+        band = _band(forecast, windows.variables[component], channel=component)
         exhibits.append(
             WaveExhibit(
                 source=test.source,

@@ -63,19 +63,23 @@ def weighted_mean(values: np.ndarray, weights: ArrayLike | None = None) -> float
     return float((total[seen] / area[seen]).mean()) if seen.any() else float("nan")
 
 
+def _minus(left: ArrayLike, right: ArrayLike) -> np.ndarray:
+    return np.asarray(np.asarray(left, np.float64) - np.asarray(right, np.float64))
+
+
 def rmse(forecast: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
     """Root of the time mean of the weighted mean squared error; arrays (time, row, column)."""
-    return float(np.sqrt(weighted_mean((np.asarray(forecast, np.float64) - truth) ** 2, weights)))
+    return float(np.sqrt(weighted_mean(_minus(forecast, truth) ** 2, weights)))
 
 
 def mae(forecast: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
     """Weighted mean absolute error; arrays (time, row, column)."""
-    return weighted_mean(np.abs(np.asarray(forecast, np.float64) - truth), weights)
+    return weighted_mean(np.abs(_minus(forecast, truth)), weights)
 
 
 def bias(forecast: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
     """Weighted mean of forecast - truth; arrays (time, row, column)."""
-    return weighted_mean(np.asarray(forecast, np.float64) - truth, weights)
+    return weighted_mean(_minus(forecast, truth), weights)
 
 
 def acc(  # signature of DESIGN section 7
@@ -87,8 +91,8 @@ def acc(  # signature of DESIGN section 7
         forecast, truth: (time, row, column).
         climatology: broadcasts to them.
     """
-    ours = np.asarray(forecast, np.float64) - climatology
-    theirs = np.asarray(truth, np.float64) - climatology
+    ours = _minus(forecast, climatology)
+    theirs = _minus(truth, climatology)
     known = ~(np.isnan(ours) | np.isnan(theirs))
     weight = np.ones(1) if weights is None else np.asarray(weights, np.float64)
     weight = np.where(known, weight[:, None] if weight.ndim == 1 else weight, 0.0)
@@ -99,7 +103,7 @@ def acc(  # signature of DESIGN section 7
     return float((covariance[defined] / np.sqrt(variances[defined])).mean()) if defined.any() else float("nan")
 
 
-def crps_gaussian_values(mean: ArrayLike, std: ArrayLike, truth: ArrayLike) -> np.ndarray:
+def crps_gaussian_values(mean: ArrayLike, std: ArrayLike, *, truth: ArrayLike) -> np.ndarray:
     """CRPS of N(mean, std) value by value, in the truth's unit (Gneiting et al. 2005, eq. 5); |truth - mean| where
     std is 0.
     """
@@ -111,9 +115,11 @@ def crps_gaussian_values(mean: ArrayLike, std: ArrayLike, truth: ArrayLike) -> n
     return np.asarray(np.where(std > 0, spread, np.abs(truth - mean)))
 
 
-def crps_gaussian(mean: ArrayLike, std: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
+def crps_gaussian(  # signature of DESIGN section 7
+    mean: ArrayLike, std: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None
+) -> float:
     """Weighted mean of the closed-form CRPS of N(mean, std); arrays (time, row, column)."""
-    return weighted_mean(crps_gaussian_values(mean, std, truth), weights)
+    return weighted_mean(crps_gaussian_values(mean, std, truth=truth), weights)
 
 
 def crps_ensemble(
@@ -149,8 +155,8 @@ LEVELS = midpoint_levels(45)
 MEDIAN = LEVELS.index(0.5)
 
 
-def crps_from_quantiles_values(  # signature as `wql`, which DESIGN section 7 fixes
-    quantiles: Sequence[np.ndarray] | np.ndarray, truth: np.ndarray, levels: ArrayLike
+def crps_from_quantiles_values(
+    quantiles: Sequence[np.ndarray] | np.ndarray, truth: np.ndarray, *, levels: ArrayLike
 ) -> np.ndarray:
     """CRPS value by value from quantiles at midpoint levels: twice the mean pinball loss over the levels.
 
@@ -172,10 +178,10 @@ def crps_from_quantiles_values(  # signature as `wql`, which DESIGN section 7 fi
 
 
 def crps_from_quantiles(
-    quantiles: ArrayLike, truth: ArrayLike, levels: ArrayLike, *, weights: ArrayLike | None = None
+    quantiles: ArrayLike, truth: ArrayLike, *, levels: ArrayLike, weights: ArrayLike | None = None
 ) -> float:
     """Weighted mean of `crps_from_quantiles_values`; quantiles (level, time, row, column)."""
-    return weighted_mean(crps_from_quantiles_values(np.asarray(quantiles), np.asarray(truth), levels), weights)
+    return weighted_mean(crps_from_quantiles_values(np.asarray(quantiles), np.asarray(truth), levels=levels), weights)
 
 
 def spread_skill_ratio(ensemble: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
@@ -189,7 +195,9 @@ def spread_skill_ratio(ensemble: ArrayLike, truth: ArrayLike, *, weights: ArrayL
     return float(np.sqrt(weighted_mean(variance, weights)) / rmse(members.mean(axis=0), truth, weights=weights))
 
 
-def mase(forecast: ArrayLike, truth: ArrayLike, context: ArrayLike, season: int) -> float:
+def mase(  # signature of DESIGN section 7
+    forecast: ArrayLike, truth: ArrayLike, context: ArrayLike, season: int
+) -> float:
     """Mean absolute error over the context's mean absolute seasonal difference (GluonTS), mean over series.
 
     Args:
@@ -203,12 +211,14 @@ def mase(forecast: ArrayLike, truth: ArrayLike, context: ArrayLike, season: int)
     past = np.asarray(context, np.float64)
     if not 0 < season < past.shape[-1]:
         raise ValueError(f"the season must be within 1..{past.shape[-1] - 1} steps of the context, got {season}")
-    error = np.nanmean(np.abs(np.asarray(forecast, np.float64) - truth), axis=-1)
+    error = np.nanmean(np.abs(_minus(forecast, truth)), axis=-1)
     scale = np.nanmean(np.abs(past[..., season:] - past[..., :-season]), axis=-1)
     return float(np.nanmean(error / scale))
 
 
-def wql(quantiles: ArrayLike, truth: ArrayLike, levels: ArrayLike) -> float:
+def wql(  # signature of DESIGN section 7
+    quantiles: ArrayLike, truth: ArrayLike, levels: ArrayLike
+) -> float:
     """Weighted quantile loss (GluonTS, with its factor 2): 2 sum pinball / sum |truth|, mean over the levels.
 
     Args:

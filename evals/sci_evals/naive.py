@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sci_evals.baseline import DressedBaseline
-from sci_evals.climatology import season_seconds
+from sci_evals.climatology import Climatology, season_seconds
 from sci_evals.windowset import WindowSet
 
 _RECENT_COUNTS = (2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -21,6 +21,10 @@ def _every_lead(windows: WindowSet, value: np.ndarray) -> np.ndarray:
     """(N, V, Y, X) -> (N, lead, frame_times, V, Y, X)."""
     leads, times = windows.shape.future_index.shape
     return np.broadcast_to(value[:, None, None], (len(value), leads, times, *value.shape[1:]))
+
+
+def _last_anomaly(climatology: Climatology, windows: WindowSet) -> np.ndarray:
+    return _every_lead(windows, last_valid(windows.context - climatology.of_context(windows)))
 
 
 class Persistence(DressedBaseline):
@@ -39,12 +43,20 @@ class SeasonalClimatology(DressedBaseline):
         return self.climatology.of_future(windows)
 
 
+class AnomalyPersistence(DressedBaseline):
+    """Climatology plus the last anomaly, whole."""
+
+    def point(self, windows: WindowSet) -> np.ndarray:
+        """Climatology + last anomaly."""
+        return self.climatology.of_future(windows) + _last_anomaly(self.climatology, windows)
+
+
 class DampedPersistence(DressedBaseline):
     """Climatology plus a fraction of the last anomaly, regressed on training windows per channel and lead."""
 
     def fit_point(self, train: WindowSet) -> None:
         """Fraction = sum(last x future) / sum(last^2) over anomalies."""
-        last = self._last(train)
+        last = _last_anomaly(self.climatology, train)
         future = train.future - self.climatology.of_future(train)
         known = ~np.isnan(last * future)
         axes = (0, 4, 5)
@@ -54,10 +66,9 @@ class DampedPersistence(DressedBaseline):
 
     def point(self, windows: WindowSet) -> np.ndarray:
         """Climatology + fraction x last anomaly."""
-        return self.climatology.of_future(windows) + self.fraction[..., None, None] * self._last(windows)
-
-    def _last(self, windows: WindowSet) -> np.ndarray:
-        return _every_lead(windows, last_valid(windows.context - self.climatology.of_context(windows)))
+        return self.climatology.of_future(windows) + self.fraction[..., None, None] * _last_anomaly(
+            self.climatology, windows
+        )
 
 
 class RecentMean(DressedBaseline):

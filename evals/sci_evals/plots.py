@@ -28,6 +28,12 @@ _LOSS_UNITS = {
     "grid": "CRPS (of the scaled value)",
     "trace": "CRPS (of the scaled value)",
 }
+_SHORT = {
+    "mole_fraction_of_carbon_dioxide_in_air": "CO$_2$ mole fraction",
+    "air_pressure_at_mean_sea_level": "sea-level pressure",
+    "air_temperature_daily_maximum": "daily maximum temperature",
+    "air_temperature_daily_minimum": "daily minimum temperature",
+}
 _DPI = 110
 _SKILL_RANGE = (-1.5, 0.5)
 _SKILL_TICKS = (-1, -0.3, -0.05, 0, 0.05, 0.3)
@@ -46,12 +52,16 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def quantity(channel: str, prefix: str = "", power: int = 0) -> str:
+def quantity(channel: str, *, prefix: str = "", power: int = 0) -> str:
     """Axis label of a channel: its name in words, its level, its unit (times 10^power)."""
     variable, _, level = channel.partition("@")
     unit = VARIABLES[variable].unit
     powers = {"m s-1": "m s$^{-1}$", "kg m-2": "kg m$^{-2}$", "1e-6": "10$^{-6}$", "kg m-2 s-1": "kg m$^{-2}$ s$^{-1}$"}
-    words = variable.replace("digitizer_counts_", "ground motion, ").replace("ground_velocity_", "ground velocity, ")
+    words = (
+        _SHORT.get(variable, variable)
+        .replace("digitizer_counts_", "ground motion, ")
+        .replace("ground_velocity_", "ground velocity, ")
+    )
     height = (
         "" if not level else f" at {float(level) / 100:g} hPa" if float(level) > 1000 else f" at {float(level):g} m"
     )
@@ -112,7 +122,9 @@ def draw_training(records: Sequence[Mapping[str, Any]]) -> Figure | None:
         if len(loss) >= width:
             smooth = np.convolve(loss, np.ones(width) / width, "valid")
             axis.plot(step[width - 1 :], smooth, color=BLUE, linewidth=1.5, label=f"mean of {width} steps")
-        axis.set(xlabel="optimizer step (1)", ylabel=_LOSS_UNITS.get(name, "loss (1)"), title=f"training loss, {name}")
+        axis.set(xlabel="optimizer step (1)", ylabel=_LOSS_UNITS.get(name, "loss (1)"))
+        axis.set_title(f"training loss, {name}", fontsize=10)
+        axis.set_yscale("log" if name != "series" and len(loss) and loss.min() > 0 else "linear")
         axis.legend(frameon=False, fontsize=7)
     colours = dict(zip(modalities, (GREEN, BLUE, ORANGE), strict=False))
     names = sorted({name for record in validations for name in record["validation"]})
@@ -127,7 +139,8 @@ def draw_training(records: Sequence[Mapping[str, Any]]) -> Figure | None:
             colour = colours.get(name, (BLUE, ORANGE, GREEN, GREY)[number % 4])
             axes[-1].plot(step, skill, marker="o", markersize=3, color=colour, label=name)
     axes[-1].axhline(0, color=BLACK, linewidth=0.8)
-    axes[-1].set(xlabel="optimizer step (1)", ylabel="validation skill (1)", title="skill against persistence and mean")
+    axes[-1].set(xlabel="optimizer step (1)", ylabel="skill (1)")
+    axes[-1].set_title("validation skill", fontsize=10)
     if names:
         axes[-1].legend(frameon=False, fontsize=7)
     return figure
@@ -149,14 +162,20 @@ def draw_series(exhibit: SeriesExhibit) -> Figure:
     return figure
 
 
+def _dates(seconds: np.ndarray) -> np.ndarray:
+    """Seconds since 1970 as matplotlib's days since 1970."""
+    return seconds / 86400.0
+
+
 def _draw_panel(axis: Axes, panel: SeriesPanel) -> None:
-    dates = [datetime.fromtimestamp(second, UTC) for second in panel.past_time]
-    ahead = [datetime.fromtimestamp(second, UTC) for second in panel.time]
+    dates = _dates(panel.past_time)
+    ahead = _dates(panel.time)
     axis.plot(dates, panel.past, color=GREY, linewidth=1.0, label="context")
-    later = [datetime.fromtimestamp(second, UTC) for second in panel.truth_time]
+    later = _dates(panel.truth_time)
     axis.plot(later, panel.truth, color=BLACK, marker="o", markersize=2.5, linewidth=0.9, label="truth")
     _draw_bands(axis, ahead, model=panel.model, baseline=panel.baseline, marker="s")
     axis.axvline(dates[-1], color=GREY, linewidth=0.8, linestyle=":")
+    axis.xaxis_date()
     locator = AutoDateLocator(maxticks=7)
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
@@ -204,7 +223,7 @@ def draw_map(exhibit: MapExhibit) -> Figure:
         _draw_coast(axis, exhibit)
         axis.set(title=title, xlabel="longitude (°E)", ylabel="latitude (°N)")
         bar = figure.colorbar(mesh, ax=axis, extend="both", shrink=0.95 if strip else 0.8, pad=0.01)
-        label = quantity(exhibit.channel, prefix)
+        label = quantity(exhibit.channel, prefix=prefix)
         bar.set_label(label.replace(" temperature", "\ntemperature", 1) if strip else label, fontsize=8)
     return figure
 
@@ -213,8 +232,9 @@ def _draw_coast(axis: Axes, exhibit: MapExhibit) -> None:
     west, east = float(exhibit.longitude.min()), float(exhibit.longitude.max())
     for line in coastlines_between(west, east):
         axis.plot(line[:, 0], line[:, 1], color=BLACK, linewidth=0.7)
-    axis.set_xlim(west, east)
-    axis.set_ylim(float(exhibit.latitude.min()), float(exhibit.latitude.max()))
+    south, north = float(exhibit.latitude.min()), float(exhibit.latitude.max())
+    axis.set_xlim(west, max(east, west + 1e-3))
+    axis.set_ylim(south, max(north, south + 1e-3))
     if np.ptp(exhibit.longitude) <= 4 * np.ptp(exhibit.latitude):
         axis.set_aspect(1.0 / np.cos(np.radians(float(np.mean(exhibit.latitude)))))
     axis.set_facecolor("#EEEEEE")

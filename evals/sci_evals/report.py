@@ -35,37 +35,37 @@ tr.above td.skill { font-weight: 600; }
 """
 _NUMBERS = ("score", "its score", "skill", "windows", "blocks")
 _SKILL_CAPTION = """
-Skill with {interval} block-bootstrap intervals: the share of the best baseline's score that the model saves, per source
-and lead, channels together (geometric mean). Above zero the model is better. The axis is linear within 0.05 of zero and
-logarithmic beyond; skill below it is written at its edge.
+Skill with {interval} block-bootstrap intervals: the share of the best baseline's score that the model saves, per
+source and lead, channels together (geometric mean). Above zero the model is better. The axis is linear within 0.05 of
+zero and logarithmic beyond; skill below it is written at its edge.
 """
 _TRAINING_CAPTION = """
 Training: loss per modality, each in its own unit, and skill on validation windows against the baselines that a batch
 holds (persistence and training mean, weaker than those of the table).
 """
 _METHOD = """
-Truth is the raw data in physical units, neither quantized nor clipped; missing values count nowhere; grid cells count by
-their area.
+Truth is the raw data in physical units, neither quantized nor clipped; missing values count nowhere; grid cells count
+by their area.
 
-skill = 1 - score / score of the best baseline on the same windows. Its interval comes from resampled blocks of dependent
-windows (90 days of one climate model or station, seven days of hourly data, years of fields, 300 samples of one record);
-the best baseline is chosen anew in each resample. One block gives no interval.
+skill = 1 - score / score of the best baseline on the same windows. Its interval comes from resampled blocks of
+dependent windows (90 days of one climate model or station, seven days of hourly data, years of fields, 300 samples of
+one record); the best baseline is chosen anew in each resample. One block gives no interval.
 
 Every baseline is probabilistic: its point forecast with the distribution of its own training errors, their spread by
 variable, lead and calendar month, their shape by variable and lead. Ridges see the same context as the model; their
 strength is cross-validated over whole groups, and their errors are those of held-back folds.
 
-For traces: AR(32) by Burg's method, the median, the last value and zero, each fitted to the context alone and dressed with
-its errors inside it.
+For traces: AR(32) by Burg's method, the median, the last value and zero, each fitted to the context alone and dressed
+with its errors inside it.
 
-CRPS of model and baselines alike is twice the mean pinball loss at 45 levels, 0.04 % above the exact CRPS of a calibrated
-Gaussian.
+CRPS of model and baselines alike is twice the mean pinball loss at 45 levels, 0.04 % above the exact CRPS of a
+calibrated Gaussian.
 
-Traces are scored record by record in counts, and over the context's root mean square (scaled crps); their pooled rows are
-geometric means over records and components.
+Traces are scored record by record in counts, and over the context's root mean square (scaled crps); their pooled rows
+are geometric means over records and components.
 
-untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were shuffled
-in time, against baselines fitted and scored on such windows. Neither should show skill.
+untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
+shuffled in time, against baselines fitted and scored on such windows. Neither should show skill.
 """
 
 

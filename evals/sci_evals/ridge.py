@@ -151,9 +151,9 @@ class Ridge(DressedBaseline):
             ahead = piece.future - self.climatology.of_future(piece)
             ahead = ahead.reshape(len(ahead), -1, ahead.shape[3], cells)  # (n, target, V, cell)
             ahead = ahead.transpose(0, 3, 2, 1).reshape(-1, *ahead.shape[2:0:-1])[local]  # (R, V, target)
-            yield rows[low:high], self._features(piece, past, local // cells), ahead
+            yield rows[low:high], self._features(piece, past, window=local // cells), ahead
 
-    def _features(self, piece: WindowSet, past: np.ndarray, window: np.ndarray) -> np.ndarray:
+    def _features(self, piece: WindowSet, past: np.ndarray, *, window: np.ndarray) -> np.ndarray:
         """Features of rows, scaled: lags, and 1, sin, cos of the season (times the lags where coefficients change)."""
         past = _carried_forward(past)
         lags = np.concatenate([past[:, low:high].mean(axis=1) for low, high in self.blocks], axis=1)  # (R, blocks V)
@@ -168,7 +168,7 @@ class Ridge(DressedBaseline):
 
 
 class SeasonalRidge(Ridge):
-    """The same, each coefficient a + b sin + c cos of the season (day for sub-daily, year for daily to monthly data)."""
+    """The same, each coefficient a + b sin + c cos of the season (day of sub-daily, year of daily to monthly data)."""
 
     interacts = True
 
@@ -192,13 +192,15 @@ def lag_blocks(num_times: int, num_channels: int) -> list[tuple[int, int]]:
     budget = max(8, _MAX_LAGS_FEATURES // num_channels)
     if num_times <= budget:
         return [(i, i + 1) for i in range(num_times)]
-    single = budget - int(np.ceil(np.log2(num_times / budget))) - 4
-    blocks = [(i, i + 1) for i in range(num_times - single, num_times)]
-    stop, length = num_times - single, 2
-    while stop > 0:
-        start = max(0, stop - length)
-        blocks.insert(0, (start, stop))
-        stop, length = start, length * 2
+    for single in range(budget, 0, -1):
+        blocks = [(i, i + 1) for i in range(num_times - single, num_times)]
+        stop, length = num_times - single, 2
+        while stop > 0:
+            start = max(0, stop - length)
+            blocks.insert(0, (start, stop))
+            stop, length = start, length * 2
+        if len(blocks) <= budget:
+            break
     return blocks
 
 

@@ -107,7 +107,7 @@ def score_baseline(windows: WindowSet, forecast: Forecast) -> WindowScores:
     crps, error = np.empty(truth.shape), np.empty(truth.shape)
     for i, name in enumerate(windows.variables):
         quantiles = [inverse_transform(forecast.quantile(level, i), name) for level in range(len(LEVELS))]
-        crps[:, :, :, i] = crps_from_quantiles_values(quantiles, truth[:, :, :, i], LEVELS)
+        crps[:, :, :, i] = crps_from_quantiles_values(quantiles, truth[:, :, :, i], levels=LEVELS)
         error[:, :, :, i] = np.abs(quantiles[MEDIAN] - truth[:, :, :, i])
     return _sums(windows, crps=crps, mae=error)
 
@@ -121,7 +121,7 @@ def score_quantiles(windows: WindowSet, quantiles: Sequence[np.ndarray]) -> Wind
     truth = windows.truth
     crps, error = np.empty(truth.shape), np.empty(truth.shape)
     for i, own in enumerate(quantiles):
-        crps[i] = crps_from_quantiles_values(own, truth[i], LEVELS)
+        crps[i] = crps_from_quantiles_values(own, truth[i], levels=LEVELS)
         error[i] = np.abs(own[MEDIAN] - truth[i])
     return _sums(windows, crps=crps, mae=error)
 
@@ -134,7 +134,7 @@ def _sums(windows: WindowSet, **values: np.ndarray) -> WindowScores:
             window, _, _, channel, *_ = np.argwhere(known & ~np.isfinite(part))[0]
             raise DataError(
                 f"source {windows.source!r}: a forecast of {windows.channels[channel]!r} has no finite {name} in "
-                f"window {window} ({windows.groups[window]}); the model diverged, or its tokenizer cannot hold this value"
+                f"window {window} ({windows.groups[window]}): the model diverged, or its tokenizer cannot hold it"
             )
     weight = windows.cell_weights * known
     axes = (2, 4, 5)
@@ -171,6 +171,12 @@ class _Case:
     group: LeadGroup
 
 
+def scored_channels(windows: WindowSet) -> list[int]:
+    """Channels with an order: an absolute error of an angle or a category means nothing (winds come as u and v)."""
+    unordered = ("circular", "categorical")
+    return [i for i, name in enumerate(windows.variables) if VARIABLES[name].kind not in unordered]
+
+
 def compare(
     windows: WindowSet,
     models: Mapping[str, WindowScores],
@@ -191,7 +197,7 @@ def compare(
             logs: dict[str, list[np.ndarray]] = {name: [] for name in models}
             own: list[Score] = []
             for region, draw in draws.items():
-                for channel in range(len(windows.channels)):
+                for channel in scored_channels(windows):
                     case = _Case(metric=metric, region=region, channel=channel, group=group)
                     scored, ratios = _score_case(
                         windows, case, models=models, baselines=baselines, draw=draw, bootstrap=bootstrap
@@ -199,7 +205,7 @@ def compare(
                     own += scored
                     for name, ratio in ratios.items():
                         logs[name].append(np.log(np.maximum(ratio, 1e-12)))
-            rows += own + _pool(own, logs, bootstrap)
+            rows += own + _pool(own, logs, bootstrap=bootstrap)
     return rows
 
 
@@ -284,7 +290,7 @@ def _interval(ratio: np.ndarray, interval: float, *, num_blocks: int) -> tuple[f
     return float(skill[0]), float(low), float(high)
 
 
-def _pool(own: list[Score], logs: dict[str, list[np.ndarray]], bootstrap: Bootstrap) -> list[Score]:
+def _pool(own: list[Score], logs: dict[str, list[np.ndarray]], *, bootstrap: Bootstrap) -> list[Score]:
     """One row per model over all regions and channels: the geometric mean of their ratios, resampled together."""
     rows = []
     for name, parts in logs.items():

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not sys.warnoptions:  # libraries warn their programmers; stderr is for the user (python -W default shows them)
         warnings.simplefilter("ignore")
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # before anything imports MLflow: no usage reports
+        os.environ.setdefault(name, "true")
     try:
         parsed = parser().parse_args(arguments)
         return COMMANDS[parsed.command].run(parsed)

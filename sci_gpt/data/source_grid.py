@@ -143,7 +143,9 @@ def open_netcdf(path: Path) -> xr.Dataset:
             warnings.simplefilter("ignore")  # of attributes that point to variables which the file does not hold
             dataset = xr.open_dataset(path, decode_times=False, mask_and_scale=False, decode_coords="all")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as netCDF: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(
+            f"{path} cannot be read as netCDF: {' '.join(str(error).split())[:120]}; give a whole file"
+        ) from error
     return dataset
 
 

@@ -64,7 +64,9 @@ def read_table(path: Path, options: Mapping[str, Any]) -> pd.DataFrame:
             low_memory=False,
         )
     except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(
+            f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}; give a whole file"
+        ) from error
 
 
 def table_samples(table: pd.DataFrame, settings: SourceSettings) -> Iterator[Sample]:

@@ -81,7 +81,9 @@ def read_waveforms(path: Path) -> obspy.Stream:
             warnings.simplefilter("ignore")  # obspy warns of odd headers in files that it reads well
             return obspy.read(str(path), check_compression=path.suffix in (".gz", ".bz2", ".zip"))
     except Exception as error:
-        raise DataError(f"{path} cannot be read as waveforms: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(
+            f"{path} cannot be read as waveforms: {' '.join(str(error).split())[:120]}; give a whole file"
+        ) from error
 
 
 def station_places(paths: list[Path]) -> dict[str, dict[str, float]]:

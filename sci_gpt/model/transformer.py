@@ -64,7 +64,7 @@ class SciGPT(nn.Module):
         """(T, width): what the model knows at each token."""
         x = self.context(inputs.features)
         for modality, payload in inputs.payloads.items():
-            x = x.index_add(0, payload.index, self.embed[modality](payload))
+            x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
         rotary = Rotary.of(inputs, self.shape.head_width)
         for block in self.blocks:
             x = block(x, rotary=rotary, groups=inputs.groups)

@@ -61,12 +61,15 @@ class Engine:
             eps=optimizer.epsilon,
         )
         config = plan.deepspeed_config(clip=optimizer.clip)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         # DeepSpeed's bf16 optimizer prints its memory on stdout, where progress lines are.
         with contextlib.redirect_stdout(sys.stderr):
             self.deepspeed: Any = deepspeed.initialize(
                 model=model, config=config, optimizer=adam, dist_init_required=False
             )[0]
         self.adam = adam
+        for name, buffer in self.module.named_buffers():  # bf16 has rounded them: frequencies of places and times
+            buffer.data = buffers[name].to(buffer.device)
 
     @property
     def module(self) -> nn.Module:

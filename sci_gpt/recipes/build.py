@@ -109,7 +109,8 @@ def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport
         _replace(partial, config.output)
     except OSError as error:
         raise DataError(
-            f"the store cannot be written to {str(config.output)!r}: {error}; nothing was changed there"
+            f"the store cannot be written to {str(config.output)!r}: {error}; free some space or mend the path "
+            "(nothing was changed there)"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -90,6 +90,8 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         raise ConfigError(
             f"{out.name!r}: the forecast of a {kind.name} file is a {kind.name} file; use {kind.endings[0]!r}"
         )
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {str(out.parent)!r} for the forecast; make it first")
     payload = _bytes(path)
     model = load_model(model_uri)
     answer = forecast_payload(model, kind, payload=payload, horizon=horizon, options=options, where=str(path))
@@ -117,7 +119,8 @@ def forecast_payload(
     try:
         data = kind.read(payload)
     except (OSError, ValueError, RuntimeError, TypeError, pd.errors.ParserError, ObsPyMSEEDError) as error:
-        raise DataError(f"{where} cannot be read as {kind.name}: {error}; give a whole {kind.name} file") from error
+        cause = " ".join(str(error).split())[:120]
+        raise DataError(f"{where} cannot be read as {kind.name}: {cause}; give a whole {kind.name} file") from error
     try:
         answer = model.forecast(data, horizon, quantiles=options.levels, notes=options.notes)
     except DataError as error:
@@ -178,14 +181,14 @@ def _read_netcdf(payload: bytes) -> xr.Dataset:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.nc"
         path.write_bytes(payload)
-        with xr.open_dataset(path, decode_timedelta=False) as data:
+        with xr.open_dataset(path, engine="netcdf4", decode_timedelta=False) as data:
             return data.load()
 
 
 def _write_netcdf(data: xr.Dataset) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "output.nc"
-        data.to_netcdf(path)
+        data.to_netcdf(path, engine="netcdf4")
         return path.read_bytes()
 
 
@@ -194,7 +197,8 @@ def _read_csv(payload: bytes) -> pd.DataFrame:
 
 
 def _write_csv(data: pd.DataFrame) -> bytes:
-    return data.to_csv(index=False, date_format="%Y-%m-%dT%H:%M:%S%z").encode()
+    # Seven digits are what float32 holds.
+    return data.to_csv(index=False, date_format="%Y-%m-%dT%H:%M:%S%z", float_format="%.7g").encode()
 
 
 def _read_miniseed(payload: bytes) -> obspy.Stream:

@@ -116,6 +116,7 @@ class LoadedModel:
         Raises:
             ConfigError: a horizon, level or source that the model cannot serve, or `num_samples`.
             DataError: data too short, without valid values, or not understood.
+            CheckpointError: a model that has diverged.
         """
         if num_samples is not None or seed is not None:
             raise ConfigError(
@@ -137,7 +138,9 @@ class LoadedModel:
         return film.answer(answers, levels)
 
     def entry(self, sample: Sample) -> MixtureEntry:
-        """The mixture entry whose windows a sample's forecast takes: its own source's, else the nearest step's.
+        """The mixture entry whose windows a sample's forecast takes: its own source's, else that of the nearest source.
+
+        Nearest is first by step (as a ratio), then by variables in common, then by the largest lead.
 
         Raises:
             ConfigError: the model was trained on no source of this modality.
@@ -152,9 +155,10 @@ class LoadedModel:
                 f"this model was trained on {trained}, and {sample.key!r} is of modality {sample.modality!r}"
             )
 
-        def distance(name: str) -> tuple[float, int]:
+        def distance(name: str) -> tuple[float, int, int]:
             ratio = math.log(self.sources[name].step_seconds / sample.step_seconds)
-            return round(abs(ratio), 3), -max(entries[name].leads)
+            known = {channel.partition("@")[0] for channel in self.statistics[name]}
+            return round(abs(ratio), 3), -len(known.intersection(sample.variables)), -max(entries[name].leads)
 
         return entries[min(same, key=distance)]
 
@@ -208,6 +212,10 @@ class LoadedModel:
         steps = np.empty((len(levels), num_leads * frame_times, *sample.values.shape[1:]), np.float32)
         for (rows, columns), array in zip(boxes, arrays, strict=True):  # (levels, leads, frame_times, V, rows, columns)
             steps[..., rows, columns] = array.reshape(len(levels), -1, *array.shape[3:])
+        if not np.isfinite(steps).all():
+            raise CheckpointError(
+                f"{sample.key}: the model gives numbers that are not finite; its training has diverged"
+            )
         for v, name in enumerate(sample.variables):  # no negative wind speed, whatever the tail of a distribution
             steps[:, :, v] = np.clip(steps[:, :, v], VARIABLES[name].minimum, VARIABLES[name].maximum)
         seen = context.valid.any(axis=0)  # a sensor that is silent, or land under a sea surface, has no forecast
@@ -335,9 +343,19 @@ def _registered(uri: str, tracking_uri: str | None) -> Path:
         raise CheckpointError(
             f"no tracking database {address!r} here, so no {uri!r}; run `sci-gpt pretrain` or set MLFLOW_TRACKING_URI"
         )
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    name, _, number = name.partition("/")
+    if not name or bool(alias) == bool(number):
+        raise ConfigError(f"a registered model is models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
+    # A client of our own: the registry that MLflow has in mind for this process is the user's affair.
+    client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
     try:
-        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=address))
+        version = client.get_model_version_by_alias(name, alias).version if alias else number
+        place = client.get_model_version_download_uri(name, str(version))
+        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=place, tracking_uri=address))
     except MlflowException as error:
-        raise CheckpointError(f"{uri!r} is not in the registry at {address!r}: {error.message}") from error
+        raise CheckpointError(
+            f"{uri!r} is not in the registry at {address!r}: {error.message}; `sci-gpt pretrain` registers a model"
+        ) from error
     flavor = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
     return root / flavor["artifacts"]["model"]["path"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from sci_gpt.config import PretrainConfig, load_config, show_config
 from sci_gpt.data.loader import Corpus, packing_report
+from sci_gpt.data.splits import check_window
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
 from sci_gpt.model.init import initialize
@@ -22,12 +23,12 @@ from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.validation import Validation
 from sci_gpt.train import fragments
-from sci_gpt.train.checkpoint import Reader, latest, read_state, step_folder
+from sci_gpt.train.checkpoint import Reader, step_folder
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import Prefetch, StepReader
 from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.objective import NextFrame
-from sci_gpt.train.resume import check_same_run, code_version
+from sci_gpt.train.resume import code_version, where_to_go_on
 from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.tracker import Tracker
@@ -48,25 +49,25 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     corpus = Corpus(
         store, parts.window_specs(config), seed=config.seed, settings=tokenizer, shuffle_time=config.shuffle_time
     )
+    _refuse_long_windows(corpus)
     plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
     identity = parts.identity(config, store.fingerprint)
-    checkpoint, step, next_sample = _where_to_go_on(config.output, identity)
+    start = where_to_go_on(config.output, identity)
     model = build_model(parts.model_shape(config), parts.model_settings(config))
-    num_parameters = model.num_parameters
-    _refuse_full_disk(config, num_parameters)
+    _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     world = World.start(threads=config.parallel.threads_per_process)
     initialize(model, config.seed)
     validation = Validation(config, store, world=world)
     engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
-    if checkpoint is not None:
-        fragments.load(engine, Reader(checkpoint))
+    if start.checkpoint is not None:
+        fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
-        writer = _open_run(config, world, stack=stack, step=step)
+        writer = _open_run(config, world, stack=stack, step=start.step)
         reader = StepReader(corpus, parts.step_rows(config, rank=world.rank), settings=tokenizer)
         tracker = None
         if world.rank == 0:
-            _introduce(config, corpus, num_parameters=num_parameters, checkpoint=checkpoint)
+            _introduce(config, corpus, num_parameters=num_parameters, checkpoint=start.checkpoint)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=Progress(schedule.steps), tracker=tracker)
         trainer = Trainer(
@@ -86,8 +87,8 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 checkpoint_every=config.checkpoint.every,
                 validate_every=config.validation.every,
             ),
-            step=step,
-            next_sample=next_sample,
+            step=start.step,
+            next_sample=start.next_sample,
         )
         outcome = trainer.run()
         journal.close()
@@ -99,14 +100,10 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     return outcome
 
 
-def _where_to_go_on(run: Path, identity: dict[str, Any]) -> tuple[Path | None, int, int]:
-    """(newest checkpoint, completed steps, n(t)); (None, 0, 0) for a new run."""
-    checkpoint = latest(run)
-    if checkpoint is None:
-        return None, 0, 0
-    state = read_state(checkpoint)
-    check_same_run(state["identity"], identity, checkpoint=checkpoint)
-    return checkpoint, int(state["step"]), int(state["next_sample"])
+def _refuse_long_windows(corpus: Corpus) -> None:
+    """A window longer than the gap between the splits would join training and held-out times."""
+    for windows in corpus.windows:
+        check_window(corpus.store, windows.spec.source, num_times=windows.spec.frames * windows.frame_times)
 
 
 def _refuse_full_disk(config: PretrainConfig, num_parameters: int) -> None:

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sci_gpt.errors import CheckpointError
+from sci_gpt.train.checkpoint import latest, read_state
 from sci_gpt.train.tracker import flatten
 
 _SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run goes on: the checkpoint (None: a new run), completed steps, n(t): the first sample not eaten."""
+
+    checkpoint: Path | None
+    step: int
+    next_sample: int
+
+
+def where_to_go_on(run: Path, identity: Mapping[str, Any]) -> Start:
+    """The newest checkpoint of a run folder, if it is of this run; nothing is written.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of another run (see `check_same_run`).
+    """
+    checkpoint = latest(run)
+    if checkpoint is None:
+        return Start(checkpoint=None, step=0, next_sample=0)
+    state = read_state(checkpoint)
+    check_same_run(state["identity"], identity, checkpoint=checkpoint)
+    return Start(checkpoint=checkpoint, step=int(state["step"]), next_sample=int(state["next_sample"]))
 
 
 def check_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], *, checkpoint: Path) -> None:

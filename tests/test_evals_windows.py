@@ -1,0 +1,90 @@
+"""Windows: what is context and what is future, even choice of starts, shuffling in time, samples for a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sci_evals.toy import daily_station, hourly_station, monthly_grid, trace_record
+from sci_evals.windowset import WindowShape, choose_starts, cut
+from sci_gpt.errors import DataError
+
+SHAPE = WindowShape(num_context=4, leads=(1, 3), frame_times=5)
+
+
+def test_future_is_the_frames_at_the_leads() -> None:
+    record = trace_record(seconds=20.0)
+    windows = cut([record], SHAPE, starts=[np.array([7])])
+    # Context: 4 frames of 5 samples; lead 1 is the frame after it, lead 3 the third.
+    np.testing.assert_array_equal(windows.context[0, :, 0, 0, 0], record.values[7:27, 0, 0, 0])
+    np.testing.assert_array_equal(windows.truth[0, 0, :, 0, 0, 0], record.values[27:32, 0, 0, 0])
+    np.testing.assert_array_equal(windows.truth[0, 1, :, 0, 0, 0], record.values[37:42, 0, 0, 0])
+    assert windows.values.shape[1] == SHAPE.num_times == 35
+    assert windows.origin[0] == record.time[26]
+
+
+def test_missing_values_are_nan_and_transforms_are_applied() -> None:
+    station = hourly_station(days=4)
+    station.valid[30, 0] = False
+    windows = cut([station], WindowShape(num_context=24, leads=(7,)), starts=[np.array([0])])
+    assert np.isnan(windows.truth[0, 0, 0, 0, 0, 0])
+    rain = windows.truth[0, 0, 0, 1, 0, 0]
+    assert windows.future[0, 0, 0, 1, 0, 0] == pytest.approx(np.log1p(rain))
+
+
+def test_starts_are_even_over_all_stretches() -> None:
+    shape = WindowShape(num_context=9, leads=(1,))
+    starts = choose_starts(np.array([1009, 5, 2009]), shape, count=300)
+    assert [len(part) for part in starts] == [100, 0, 200]
+    assert max(starts[0]) + shape.num_times <= 1009
+    assert max(starts[2]) + shape.num_times <= 2009
+    assert np.diff(np.concatenate([starts[0], 1000 + starts[2]])).max() < 20
+    everything = choose_starts(np.array([12]), shape, count=300)
+    np.testing.assert_array_equal(everything[0], [0, 1, 2])
+
+
+def test_shuffling_moves_values_and_not_the_calendar() -> None:
+    station = daily_station(missing=0.2)
+    windows = cut([station], WindowShape(num_context=30, leads=(1, 2)), starts=[np.arange(5)])
+    shuffled = windows.shuffled(1)
+    np.testing.assert_array_equal(shuffled.time, windows.time)
+    assert not np.array_equal(shuffled.values, windows.values)
+    np.testing.assert_array_equal(np.sort(shuffled.values, axis=1), np.sort(windows.values, axis=1))
+    # Channels move together, each value with its own validity.
+    pairs = {
+        tuple(row) for row in np.concatenate([windows.values[0, :, :, 0, 0], windows.valid[0, :, :, 0, 0]], axis=1)
+    }
+    moved = np.concatenate([shuffled.values[0, :, :, 0, 0], shuffled.valid[0, :, :, 0, 0]], axis=1)
+    assert {tuple(row) for row in moved} == pairs
+
+
+def test_samples_are_the_windows() -> None:
+    grid = monthly_grid()
+    windows = cut([grid], WindowShape(num_context=12, leads=(1,)), starts=[np.array([3, 20])]).take(np.array([1]))
+    (sample,) = windows.samples()
+    np.testing.assert_array_equal(sample.values, grid.values[20:33])
+    np.testing.assert_array_equal(sample.latitude, grid.latitude)
+    assert sample.source == "toy_grid"
+
+
+def test_cells_weigh_by_their_area() -> None:
+    windows = cut([monthly_grid()], WindowShape(num_context=12, leads=(1,)), starts=[np.array([0])])
+    weights = windows.cell_weights
+    assert weights.mean() == pytest.approx(1.0)
+    # Rows at 50 and 20 degrees: cells of equal height, areas as the cosines of their centres.
+    assert weights[0, 0] / weights[-1, 0] == pytest.approx(np.cos(np.radians(50)) / np.cos(np.radians(20)), rel=1e-6)
+
+
+def test_places_are_told_apart() -> None:
+    grids = [monthly_grid(west=west) for west in (0.0, 40.0)]
+    again = replace(grids[0], key="toy_grid/later")
+    windows = cut([*grids, again], WindowShape(num_context=12, leads=(1,)), starts=[np.array([0])] * 3)
+    first, second, third = windows.place_names
+    assert first == third != second
+
+
+def test_no_window_is_an_error_that_says_so() -> None:
+    with pytest.raises(DataError, match="no window of 35 times"):
+        cut([trace_record(seconds=3.0)], SHAPE, starts=[np.zeros(0, int)])

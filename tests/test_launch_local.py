@@ -1,0 +1,58 @@
+"""The local launcher: environment of workers, signals passed on, refusals said once, crashes with their last lines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sci_gpt.errors import CheckpointError, DataError
+from sci_launch.local import WorkerFailure, run_workers
+
+
+@pytest.fixture(autouse=True)
+def workers_find_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def run(folder: Path, how: str, *, processes: int = 2) -> None:
+    run_workers(["local_worker", str(folder), how], processes=processes, threads=3, meeting_place=folder / "meet")
+
+
+def test_workers_know_their_place_and_warnings_pass_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "end")
+    assert [(tmp_path / f"started-{rank}").read_text() for rank in (0, 1)] == ["2 3", "2 3"]
+    assert sorted(capfd.readouterr().err.splitlines()) == ["warning: rank 0 ends", "warning: rank 1 ends"]
+
+
+def test_a_refusal_comes_back_once_as_what_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="^no store at 'data/x'; build it$"):
+        run(tmp_path, "refuse")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_a_refusal(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no space left on the disk while writing 'runs/x/log.jsonl'"):
+        run(tmp_path, "full", processes=1)
+
+
+def test_a_crash_ends_the_others_and_shows_its_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailure, match=r"(?s)rank 1 of 2 ended with exit code 1.*one divided by nothing"):
+        run(tmp_path, "crash")
+    assert (tmp_path / "ended-0").read_text() == "True", "rank 0 must be asked to stop, not left waiting"
+
+
+def test_a_signal_reaches_every_worker_also_while_they_start(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    run(tmp_path, "late")
+    thread.join()
+    assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]

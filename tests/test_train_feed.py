@@ -1,0 +1,125 @@
+"""The feed: a rank's rows of a step, samples that cannot be read, absent modalities, reading ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sci_gpt.data.loader import Corpus
+from sci_gpt.data.store import Store
+from sci_gpt.errors import DataError
+from sci_gpt.model.init import initialize
+from sci_gpt.model.transformer import SciGPT
+from sci_gpt.recipes import parts
+from sci_gpt.train.feed import Prefetch, Rows, StepReader, StepRows
+from sci_gpt.train.objective import NextFrame
+from sci_tokenizers.sample import MODALITIES
+from toy_store import toy_config, write_store
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("feed")
+    config = toy_config(write_store(folder / "store"), folder / "run")
+    store = Store.open(config.data)
+    return Corpus(store, parts.window_specs(config), seed=3, settings=parts.tokenizer_settings(config))
+
+
+def reader(corpus: Corpus, *, rank: int = 0, world: int = 1, accumulation: int = 1, rows: int = 3) -> StepReader:
+    settings = corpus.tokenizers[0].settings
+    place = Rows(rows=rows, row_length=160, rank=rank, world=world, accumulation=accumulation)
+    return StepReader(corpus, place, settings=settings)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1)])
+def test_all_ranks_together_eat_each_sample_of_the_step_once(corpus: Corpus, world: int, accumulation: int) -> None:
+    whole = reader(corpus)(10)
+    steps = [reader(corpus, rank=rank, world=world, accumulation=accumulation)(10) for rank in range(world)]
+    assert sorted(n for step in steps for n in step.samples) == list(range(10, whole.next_sample))
+    assert sorted(whole.samples) == list(range(10, whole.next_sample))
+    for rank, step in enumerate(steps):
+        assert len(step.batches) == accumulation
+        assert (step.first, step.next_sample, step.num_tokens) == (10, whole.next_sample, whole.num_tokens)
+        assert [sorted(dealt) for dealt in step.dealt] == [sorted(other.samples) for other in steps]
+        assert sorted(step.dealt[rank]) == sorted(step.samples) and len(step.keys) == len(step.samples)
+
+
+def test_a_modality_that_a_rank_lacks_still_reaches_every_parameter(corpus: Corpus) -> None:
+    lacking = next(
+        batch
+        for n in range(0, 400, 7)
+        for batch in reader(corpus, rows=1)(n).batches
+        if any(not len(payload.index) for payload in batch.payloads.values())
+    )
+    assert tuple(sorted(lacking.payloads)) == tuple(sorted(MODALITIES))
+    settings: Any = corpus.tokenizers[0].settings
+    config = toy_config(corpus.store.path, Path("unused"))
+    model = SciGPT(parts.model_shape(config), parts.model_settings(config))
+    initialize(model, 0)
+    objective = NextFrame(settings=settings, device=torch.device("cpu"))
+    inputs = objective.inputs(lacking)
+    torch.stack(list(objective.sums(model(inputs), inputs).values())).sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    for name in MODALITIES:
+        expected = 0.0 if not len(lacking.payloads[name].index) else 1.0
+        assert objective.weights(inputs)[name] >= expected
+
+
+def test_a_sample_that_cannot_be_read_weighs_nothing_and_moves_no_other(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = reader(corpus)(0)
+    broken = whole.samples[2]
+    read: Callable[[int], Any] = corpus.document
+
+    def document(n: int) -> Any:
+        if n == broken:
+            raise DataError("shard-00000.tar: station/train-1: checksum differs")
+        return read(n)
+
+    monkeypatch.setattr(corpus, "document", document)
+    step = reader(corpus)(0)
+    assert step.passed_over == 1 and step.next_sample == whole.next_sample
+    assert step.samples == tuple(n for n in whole.samples if n != broken)
+    said = capsys.readouterr().err
+    assert f"warning: sample {broken} (" in said and "station/train-1: checksum differs" in said
+    for name, payload in step.batches[0].payloads.items():
+        assert np.isfinite(payload.values).all(), name
+
+
+class Counted:
+    """A reader that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, n: int) -> StepRows:
+        self.asked.append(n)
+        if n >= 90:
+            raise DataError("no such shard")
+        return StepRows(
+            first=n, next_sample=n + 3, batches=(), samples=(), keys=(), dealt=((),), num_tokens=0, passed_over=0
+        )
+
+
+def test_the_next_step_is_read_ahead_and_each_step_once() -> None:
+    counted = Counted()
+    ahead = Prefetch(counted)
+    assert [ahead.get(n)[0].first for n in (0, 3, 6)] == [0, 3, 6]
+    assert ahead.get(30)[0].first == 30  # a jump is read anew
+    ahead.close()
+    assert counted.asked[:5] == [0, 3, 6, 9, 30] and len(set(counted.asked)) == len(counted.asked)
+
+
+def test_an_error_of_the_reader_reaches_the_step_that_needs_it() -> None:
+    ahead = Prefetch(Counted())
+    assert ahead.get(87)[0].next_sample == 90
+    with pytest.raises(DataError, match="no such shard"):
+        ahead.get(90)
+    ahead.close()
