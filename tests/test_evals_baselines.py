@@ -10,7 +10,7 @@ import pytest
 from sci_evals.autoregressive import AutoRegression, ContextMedian, Zero
 from sci_evals.baseline import Baseline, fit_dressing, fit_shape
 from sci_evals.baselines import BASELINES, forecast_baselines
-from sci_evals.climatology import Climatology, fit_climatology, season_seconds
+from sci_evals.climatology import Climatology, context_anomalies, fit_climatology, season_seconds
 from sci_evals.metrics import LEVELS, MEDIAN, crps_gaussian_values
 from sci_evals.naive import DampedPersistence, Persistence, RecentMean, SeasonAgo, last_valid
 from sci_evals.ridge import Ridge, SeasonalRidge, lag_blocks
@@ -158,7 +158,7 @@ def test_ridge_equals_plain_normal_equations() -> None:
     ridge = Ridge()
     climatology = fit_climatology(train, by_place=False)
     ridge.fit(train, climatology)
-    past = (train.context - climatology.of_context(train)).reshape(train.num_windows, -1)
+    past = context_anomalies(climatology, train).astype(np.float64).reshape(train.num_windows, -1)
     features = np.concatenate([past, np.ones((len(past), 1))], axis=1)
     season = 2 * np.pi * train.year_phase[:, 2].astype(np.float64)
     features = np.concatenate([features, np.sin(season)[:, None], np.cos(season)[:, None]], axis=1) / ridge.scale

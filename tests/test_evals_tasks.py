@@ -198,6 +198,7 @@ def test_evaluation_scores_every_source_and_control(
     for source in ("field", "station", "quake"):
         assert skill[UNTRAINED, source] < skill[TRAINED, source] < 1
     assert result["left_out"] == {}
+    json.dumps(result, allow_nan=False)
 
 
 def test_evaluation_writes_its_numbers(evaluation: tuple[PretrainConfig, Path, dict[str, Any]]) -> None:

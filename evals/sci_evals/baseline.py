@@ -51,8 +51,8 @@ class Baseline(ABC):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("grid", "series")
-    # A handful of parameters needs no more windows than this; the rest would cost time alone.
-    max_windows: ClassVar[int] = 20_000
+    # A handful of parameters is fitted to a part of the windows: more would cost time alone.
+    few_parameters: ClassVar[bool] = True
 
     @classmethod
     def applies(cls, windows: WindowSet) -> bool:

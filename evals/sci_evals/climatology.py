@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def season_seconds(step_seconds: float) -> float | None:
     return YEAR_SECONDS if DAY_SECONDS <= step_seconds < YEAR_SECONDS / 6 else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Climatology:
     """Expected value by phase of year and day, of every known place and of all together.
 
@@ -66,6 +67,15 @@ class Climatology:
             flat = design @ self.coefficients[row].reshape(design.shape[1], -1)
             out[own] = flat.reshape(-1, *out.shape[1:])
         return out
+
+
+@lru_cache(maxsize=3)
+def context_anomalies(climatology: Climatology, windows: WindowSet) -> np.ndarray:
+    """Context less climatology, NaN where missing: float32 (N, C, V, Y, X).
+
+    Several baselines need those of the same windows; `context_anomalies.cache_clear()` frees them.
+    """
+    return np.asarray(windows.context - climatology.of_context(windows), np.float32)
 
 
 def fit_climatology(train: WindowSet, *, by_place: bool) -> Climatology:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sci_evals.baselines import forecast_baselines
 from sci_evals.exhibits import Exhibit, make_exhibits
 from sci_evals.metrics import LEVELS
 from sci_evals.report import write_report
-from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, Results, log_results, print_table, write_results
+from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, Results, log_results, plain_rows, print_table, write_results
 from sci_evals.scores import (
     QuantileModel,
     Score,
@@ -35,7 +35,7 @@ from sci_gpt.recipes.parts import tokenizer_settings
 from sci_tokenizers.table import make_tokenizer
 
 _CONTROL_WINDOWS = 256
-_SHUFFLED_TRAIN_WINDOWS = 10_000
+_SHUFFLED_TRAIN_WINDOWS = 6_000
 _CHUNK = 64
 
 
@@ -115,7 +115,7 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
     return {
-        "rows": [asdict(row) for row in rows],
+        "rows": plain_rows(rows),
         "left_out": left_out,
         "report": str(report),
         "seconds": round(seconds, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sci_evals.baseline import DressedBaseline
-from sci_evals.climatology import Climatology, season_seconds
+from sci_evals.climatology import Climatology, context_anomalies, season_seconds
 from sci_evals.windowset import WindowSet
 
 _RECENT_COUNTS = (2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -24,7 +24,7 @@ def _every_lead(windows: WindowSet, value: np.ndarray) -> np.ndarray:
 
 
 def _last_anomaly(climatology: Climatology, windows: WindowSet) -> np.ndarray:
-    return _every_lead(windows, last_valid(windows.context - climatology.of_context(windows)))
+    return _every_lead(windows, last_valid(context_anomalies(climatology, windows)))
 
 
 class Persistence(DressedBaseline):

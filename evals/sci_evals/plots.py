@@ -120,8 +120,8 @@ def draw_training(records: Sequence[Mapping[str, Any]]) -> Figure | None:
         axis.plot(step, loss, color="#BBBBBB", linewidth=0.6, label="every step")
         width = max(1, len(loss) // 30)
         if len(loss) >= width:
-            smooth = np.convolve(loss, np.ones(width) / width, "valid")
-            axis.plot(step[width - 1 :], smooth, color=BLUE, linewidth=1.5, label=f"mean of {width} steps")
+            smooth = np.median(np.lib.stride_tricks.sliding_window_view(loss, width), axis=1)
+            axis.plot(step[width - 1 :], smooth, color=BLUE, linewidth=1.5, label=f"median of {width} steps")
         axis.set(xlabel="optimizer step (1)", ylabel=_LOSS_UNITS.get(name, "loss (1)"))
         axis.set_title(f"training loss, {name}", fontsize=10)
         axis.set_yscale("log" if name != "series" and len(loss) and loss.min() > 0 else "linear")
@@ -268,6 +268,7 @@ def draw_wave(exhibit: WaveExhibit) -> Figure:
                     name, (second, 0.95), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
                     color=GREEN, fontweight="bold", va="top",
                 )  # fmt: skip
-        axis.set(xlabel="time after the record's start (s)", ylabel=quantity(exhibit.channel, power=power))
+        axis.set_xlabel("time after the record's start (s)")
+        axis.set_ylabel(quantity(exhibit.channel, power=power), fontsize=8)
     figure.legend(*part.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure

@@ -17,7 +17,7 @@ from sci_gpt.train.run_folder import LOG, read_lines
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-  margin: 0 auto; max-width: 74rem; padding: 2rem 1.5rem 5rem; }
+  margin: 0 auto; max-width: 84rem; padding: 2rem 1.5rem 5rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; }
 p, li { max-width: 48rem; }
@@ -65,19 +65,21 @@ Traces are scored record by record in counts, and over the context's root mean s
 are geometric means over records and components.
 
 untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
-shuffled in time, against baselines fitted and scored on such windows. Neither should show skill.
+shuffled in time, against baselines fitted and scored on such windows. Both are scored on a fixed subset of the windows
+(their number stands in the row). Neither should show skill.
 """
 
 
 def write_report(results: Results, folder: Path) -> Path:
     """Draw the figures into `folder` as PNG and write report.html with copies of them inside; its path."""
-    parts = [_head(results), _table(results), "<h2>Figures</h2>"]
+    figures = []
     for name, figure, caption in _figures(results):
         path = save(figure, folder / f"{name}.png")
         image = base64.b64encode(path.read_bytes()).decode()
         text = html.escape(" ".join(caption.split()))
         source = f"data:image/png;base64,{image}"
-        parts.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
+        figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
+    parts = [_head(results), *figures[:1], _table(results), "<h2>Figures</h2>", *figures[1:]]
     parts += [_method(), _sources(results)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -122,7 +124,7 @@ def _caption(exhibit: Exhibit) -> str:
             "share one colour scale."
         )
     known = (
-        "P and S: first arrivals through iasp91."
+        "P and S: first arrivals through iasp91 (the causal filter shows them a little later)."
         if exhibit.arrivals
         else "Its place is unknown, or no arrival is in it."
     )

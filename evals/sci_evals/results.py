@@ -104,6 +104,10 @@ def print_table(results: Results) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
+    print(
+        "skill = 1 - score / score of the best baseline on the same windows, interval over resampled blocks; "
+        f"{UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
+    )
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")
     sys.stdout.flush()
@@ -113,7 +117,7 @@ def write_results(results: Results) -> Path:
     """Write evaluation.json and evaluation.csv into `run`/report; the folder."""
     folder = results.run / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in results.rows]
+    rows = plain_rows(results.rows)
     content = {
         "run": results.config.name,
         "data_fingerprint": results.manifest.get("fingerprint"),
@@ -168,6 +172,10 @@ def _metrics(results: Results, now: int) -> list[Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null says that a row has no single score."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plain_rows(rows: Iterable[Score]) -> list[dict[str, Any]]:
+    """Rows for JSON, which has no NaN: None where a row has no single score, or no interval."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{key: plain(value) for key, value in asdict(row).items()} for row in rows]

@@ -44,7 +44,7 @@ class WindowShape:
         return np.asarray(first[:, None] + np.arange(self.frame_times))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class WindowSet:
     """N windows of W times of one source, V channels on Y x X places; values in units of the variable table.
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sci_gpt.model.inputs import PayloadInputs
+from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.tokenizer import MEMORIES
 from sci_tokenizers.packing import QUESTION_FEATURES, TOKEN_FEATURES
 
@@ -73,7 +74,7 @@ class PayloadEmbedding(nn.Module):
         self.value_features = ValueFeatures() if num_values == 1 else None
         inputs = ValueFeatures.out_features if num_values == 1 else num_values
         self.num_memories = len(MEMORIES) if num_values == 1 else 0
-        self.project = nn.Linear(inputs + num_values + 2 + self.num_memories, width, bias=False)
+        self.project = nn.Linear(inputs + num_values + 2 + self.num_memories + len(HORIZONS), width, bias=False)
         self.variable_gain = nn.Parameter(torch.zeros(num_variables, width))
         self.variable_bias = nn.Parameter(torch.zeros(num_variables, width))
 
@@ -91,7 +92,7 @@ class PayloadEmbedding(nn.Module):
         present = (payload.variable >= 0)[..., None].float()
         row = payload.variable.clamp(min=0)
         past = payload.memory.flatten(2)[..., : self.num_memories]
-        projected = self.project(torch.cat([values, valid, size, past], dim=-1))
+        projected = self.project(torch.cat([values, valid, size, past, payload.volatility], dim=-1))
         embedded = projected * (1.0 + F.embedding(row, self.variable_gain)) + F.embedding(row, self.variable_bias)
         return (embedded * present).sum(dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from sci_gpt.model.embed import QuestionEmbedding
 from sci_gpt.model.inputs import PayloadInputs
 from sci_gpt.model.layers import RMSNorm
+from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.tokenizer import MEMORIES
+
+START_LEAN = 0.25  # of the last value against the record's own forecast, before training
+CAUTION = 0.4  # logarithm by which a spread is wider than the anchor's own errors, before training
+LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic of scale 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +65,43 @@ class Head(nn.Module):
         return self.out(torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1))
 
 
+def _located(payload: PayloadInputs, correction: Tensor, lean: Tensor) -> Tensor:
+    """Anchor + spread x (what the head leans on + correction), (U, V, K).
+
+    Differences are counted in the anchor's spreads and compressed beyond one, so that a record which its own past foretells
+    within a hundredth of its changes does not drown the gradient of the others.
+
+    Args:
+        payload: of the modality.
+        correction: (U, V, K), 0 at the start.
+        lean: (U, V, 1 + J): weight of the last value against the anchor (START_LEAN at the start), then of each memory.
+    """
+    token, spread = payload.unit_token, payload.unit_spread.exp()
+    away = torch.asinh((payload.last[token] - payload.unit_anchor) / spread)
+    memory = torch.asinh(payload.memory[token] / spread[..., None])
+    leaning = (START_LEAN + lean[..., :1]) * away + torch.einsum("uvkj,uvj->uvk", memory, lean[..., 1:])
+    return payload.unit_anchor + spread * (leaning + correction)
+
+
+def _spread(payload: PayloadInputs, log_spread: Tensor, recent: Tensor) -> Tensor:
+    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start, moved by recent errors."""
+    moved = torch.einsum("uvh,uvh->uv", payload.volatility[payload.unit_token], recent)[..., None]
+    return payload.unit_spread + (CAUTION + moved + log_spread).clamp(-6.0, 6.0)
+
+
 class GaussianHead(nn.Module):
     """Head of grids and traces: a location and a spread per value."""
 
     def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int) -> None:
         super().__init__()
-        self.num_values = num_values
-        self.num_memories = num_memories
-        self.head = Head(width, num_variables, 2 * num_values + num_memories)
+        self.sizes = [num_values, num_values, 1 + num_memories, len(HORIZONS)]
+        self.head = Head(width, num_variables, sum(self.sizes))
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
         """(N, width) to (U, V, K) predictions."""
-        sizes = [self.num_values, self.num_values, self.num_memories]
-        correction, log_spread, lean = self.head(x, payload).split(sizes, dim=-1)
-        remembered = torch.einsum("uvkj,uvj->uvk", payload.memory[payload.unit_token], lean)
-        # A cautious start: the spread is wider than the anchor's own errors until training says otherwise.
-        spread = payload.unit_spread + (0.5 + log_spread).clamp(-6.0, 6.0)
+        correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
         return GaussianPrediction(
-            mean=payload.unit_anchor + remembered + correction * payload.unit_spread.exp(),
-            log_spread=spread,
+            mean=_located(payload, correction, lean), log_spread=_spread(payload, log_spread, recent)
         )
 
 
@@ -86,19 +110,17 @@ class MixtureHead(nn.Module):
 
     def __init__(self, width: int, num_variables: int, components: int) -> None:
         super().__init__()
-        self.components = components
-        self.head = Head(width, num_variables, 3 * components + len(MEMORIES))
+        self.sizes = [components, components, components, 1 + len(MEMORIES), len(HORIZONS)]
+        self.head = Head(width, num_variables, sum(self.sizes))
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> MixturePrediction:
         """(N, width) to (U, M) predictions (a series token holds one value)."""
-        sizes = [self.components, self.components, self.components, len(MEMORIES)]
-        logit, correction, log_spread, lean = self.head(x, payload)[:, 0].split(sizes, dim=-1)
-        remembered = (payload.memory[payload.unit_token][:, 0, 0] * lean).sum(dim=-1, keepdim=True)
-        anchor = payload.unit_anchor[:, 0] + remembered
+        logit, correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
+        spread = _spread(payload, log_spread, recent)[:, 0]
         return MixturePrediction(
-            log_weight=torch.log_softmax(logit, dim=-1),
-            mean=anchor + self.start + correction,
-            log_spread=(log_spread - 1.0).clamp(-7.0, 5.0),
+            log_weight=torch.log_softmax(logit[:, 0], dim=-1),
+            mean=_located(payload, self.start + correction, lean)[:, 0],
+            log_spread=spread - LOGISTIC,
         )

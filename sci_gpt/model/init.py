@@ -40,6 +40,6 @@ def initialize(model: SciGPT, seed: int) -> None:
 
 def _spread(name: str, parameter: Tensor, layers: int) -> float:
     if name.endswith(("variable_bias", "head.variable")):
-        return 0.02
+        return 0.5  # which variable it is must be as plain to see as when and where
     spread = parameter.shape[-1] ** -0.5
     return spread / math.sqrt(2 * layers) if name.endswith((".output.weight", ".down.weight")) else spread

@@ -18,7 +18,9 @@ class PayloadInputs:
     index: Tensor
     values: Tensor
     valid: Tensor
+    last: Tensor
     memory: Tensor
+    volatility: Tensor
     weight: Tensor
     ids: Tensor
     variable: Tensor

@@ -17,6 +17,7 @@ from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.tokens import Tokens
+from sci_tokenizers.variables import VARIABLE_NAMES, VARIABLES
 
 _BATCH_TOKENS = 8192
 
@@ -95,9 +96,14 @@ class Predictor:
         at = [tokens.num_context - 1 + lead for lead in tokens.leads]
         asked = replace(
             tokens,
-            **{name: getattr(tokens, name)[at] for name in ("payload", "valid", "anchor", "anchor_spread", "memory", "offset", "time", "frame_features")},
+            **{name: getattr(tokens, name)[at] for name in ("payload", "valid", "last", "anchor", "anchor_spread", "memory", "volatility", "offset", "time", "frame_features")},
             num_context=1,
         )
         tokenizer = self.tokenizers[tokens.modality]
+        names = tokens.variable[:, 0] if tokens.modality == "series" else tokens.variable[0]
+        variables = [VARIABLE_NAMES[row] for row in names]
         physical = tokenizer.decode(asked, scaled)  # levels, leads * frame_times, v, y, x
+        for v, variable in enumerate(variables):  # no quantile lies where the variable cannot
+            row = VARIABLES[variable]
+            np.clip(physical[:, :, v], row.minimum, row.maximum, out=physical[:, :, v])
         return physical.reshape(len(scaled), len(at), tokenizer.frame_times, *physical.shape[2:])

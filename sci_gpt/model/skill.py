@@ -49,7 +49,7 @@ def last_value(payload: PayloadInputs) -> Tensor:
     """Persistence (U, V, K): the newest value at the asking token; for traces its last sample."""
     values = payload.values[payload.unit_token]
     if payload.memory.shape[-1]:
-        return payload.unit_anchor
+        return payload.last[payload.unit_token]
     return values[..., -1:].expand_as(values)
 
 

@@ -2,7 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+# Recent stretches, in steps of the record, whose errors tell whether the record is calmer or wilder now than before.
+HORIZONS = (4, 16, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnForecast:
+    """What a record's own past says at each origin: float64 (B, origins, steps), (B, origins, steps), (B, origins, HORIZONS)."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+    volatility: np.ndarray
+
+
+def own_forecast(series: np.ndarray, known: np.ndarray, *, origins: np.ndarray, steps: np.ndarray, order: int, refit: int) -> OwnForecast:
+    """Forecast a record from its own past, at every origin from the samples up to it alone.
+
+    Args:
+        series: (B, time), mean removed, 0 (or carried forward) where missing.
+        known: bool (B, time).
+        origins: ascending sample numbers from which forecasts are made.
+        steps: how many samples ahead, ascending.
+        order: of the autoregression; it is fitted again every `refit` origins to the samples up to the first of them.
+        refit: see `order`.
+
+    Returns:
+        Means, the spread of the errors made so far at as many steps, and the logarithm of recent one-step errors over all.
+    """
+    batch, longest = len(series), int(steps.max())
+    mean = np.zeros((batch, len(origins), len(steps)))
+    spread = np.ones_like(mean)
+    volatility = np.zeros((batch, len(origins), len(HORIZONS)))
+    for first in range(0, len(origins), refit):
+        asking = slice(first, first + refit)
+        past = int(origins[first]) + 1
+        chosen = max(1, min(order, past // 4))
+        weights = step_coefficients(burg(series[:, :past], chosen), longest)
+        states = newest(series, origins[asking], chosen)
+        mean[:, asking] = (states @ weights.transpose(0, 2, 1))[:, :, steps - 1]
+        spread[:, asking] = error_spread(series[:, :past], known[:, :past], weights)[:, None, steps - 1]
+        volatility[:, asking] = _volatility(series, known, weights[:, 0], origins[asking])
+    return OwnForecast(mean=mean, spread=spread, volatility=volatility)
+
+
+def _volatility(series: np.ndarray, known: np.ndarray, weights: np.ndarray, origins: np.ndarray) -> np.ndarray:
+    """Logarithm of the root mean square one-step error over the last HORIZONS samples, over that of the whole past."""
+    order, end = weights.shape[1], int(origins[-1]) + 1
+    before = newest(series[:, :end], np.arange(end) - 1, order) if end else series[:, :0, None]
+    squares = np.where(known[:, :end], (series[:, :end] - (before @ weights[:, :, None])[..., 0]) ** 2, 0.0)
+    total = np.concatenate([np.zeros((len(series), 1)), squares.cumsum(axis=1)], axis=1)
+    count = np.concatenate([np.zeros((len(series), 1)), known[:, :end].cumsum(axis=1)], axis=1)
+    whole = total[:, origins + 1] / np.maximum(count[:, origins + 1], 1)
+    out = np.zeros((len(series), len(origins), len(HORIZONS)))
+    for h, horizon in enumerate(HORIZONS):
+        start = np.maximum(origins + 1 - horizon, 0)
+        seen = count[:, origins + 1] - count[:, start]
+        recent = (total[:, origins + 1] - total[:, start]) / np.maximum(seen, 1)
+        ratio = 0.5 * np.log((recent + 1e-3 * whole + 1e-12) / (whole + 1e-12))
+        out[..., h] = np.where(seen > 0, ratio, 0.0)
+    return out
 
 
 def burg(series: np.ndarray, order: int) -> np.ndarray:
@@ -43,7 +105,7 @@ def step_coefficients(coefficients: np.ndarray, steps: int) -> np.ndarray:
 
 def newest(series: np.ndarray, ends: np.ndarray, order: int) -> np.ndarray:
     """The `order` samples up to and with each of `ends`, newest first, 0 before the start: (B, len(ends), order)."""
-    padded = np.concatenate([np.zeros((len(series), order)), series], axis=1)
+    padded = np.concatenate([np.zeros((len(series), order)), series], axis=1)  # sample t is at t + order
     return padded[:, ends[:, None] + order - np.arange(order)]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokenizer import Tokenizer, frame_features, last_valid, log_scales, memories, variable_rows
@@ -57,7 +58,7 @@ class GridTokenizer(Tokenizer):
         weight = self._patches(np.where(seen, area, 0.0)[None])[0]
         weight = weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)
         rows, columns = self._patch_grid(sample.values.shape[2:])
-        anchor = last_valid(payload, valid)
+        last = last_valid(payload, valid)
         features, time = frame_features(sample, 1)
         variables = len(sample.variables)
         return Tokens(
@@ -67,9 +68,11 @@ class GridTokenizer(Tokenizer):
             payload=payload,
             valid=valid,
             ids=None,
-            anchor=anchor[..., None],
-            anchor_spread=np.zeros((*anchor.shape, 1), np.float32),
-            memory=memories(payload, valid, anchor=anchor, home=np.zeros(payload.shape[1])),
+            last=last,
+            anchor=last[..., None],
+            anchor_spread=np.zeros((*last.shape, 1), np.float32),
+            memory=memories(payload, valid, last=last, home=np.zeros(slots), kin=np.zeros((slots, slots))),
+            volatility=np.zeros((frames, slots, payload.shape[2], len(HORIZONS)), np.float32),
             weight=weight.astype(np.float32),
             variable=np.tile(variable_rows(sample), (slots, 1)),
             row=np.repeat(np.arange(rows, dtype=np.int16), columns),

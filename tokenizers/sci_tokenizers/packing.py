@@ -55,20 +55,23 @@ class Payload:
     Attributes:
         index: int64 (N,), position of each token in the flat batch.
         values: float32 (N, V, K), scaled, 0 where not valid;  valid: bool (N, V, K).
-        memory: float32 (N, V, K, J);  weight: float32 (N, V, K).
+        last: float32 (N, V, K);  memory: float32 (N, V, K, J);  volatility: float32 (N, V, H);  weight: float32 (N, V, K).
         ids: int64 (N,), series only (0 elsewhere).
         variable: int64 (N, V), -1 where a token has fewer variables.
         log_scale: float32 (N, V), NaN for uncalibrated counts.
         unit_token: int64 (U,), which of the N asks;  unit_target: int64 (U,), which of the N holds the answer.
         unit_anchor, unit_spread: float32 (U, V, K), what the head corrects: a location and the logarithm of a spread.
-        unit_lead: int64 (U,), frames ahead;  unit_weight: float32 (U,), 1 / leads of the document, 0 where nothing is valid.
+        unit_lead: int64 (U,), frames ahead.
+        unit_weight: float32 (U,), importance of the document / its leads, 0 where nothing is valid.
         question: float32 (U, len(QUESTION_FEATURES)).
     """
 
     index: np.ndarray
     values: np.ndarray
     valid: np.ndarray
+    last: np.ndarray
     memory: np.ndarray
+    volatility: np.ndarray
     weight: np.ndarray
     ids: np.ndarray
     variable: np.ndarray
@@ -206,7 +209,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             "unit_token": first + origin * tokens.num_slots + slot,
             "unit_target": first + target * tokens.num_slots + slot if not context_only else np.zeros(len(lead), np.int64),
             "unit_lead": lead,
-            "unit_weight": (valid / len(tokens.leads)).astype(np.float32),
+            "unit_weight": (tokens.importance * valid / len(tokens.leads)).astype(np.float32),
             "question": np.stack(
                 [
                     np.log(tokens.time[target] - tokens.time[origin]),
@@ -243,6 +246,8 @@ def _flatten(tokens: Tokens, frames: int, width: int) -> dict[str, np.ndarray]:
     return {
         "values": _wide(per_token(tokens.payload), width, 0.0),
         "valid": _wide(per_token(tokens.valid), width, False),
+        "last": _wide(per_token(tokens.last), width, 0.0),
+        "volatility": _wide(per_token(tokens.volatility), width, 0.0),
         "memory": _wide(per_token(tokens.memory), width, 0.0),
         "weight": _wide(per_slot(tokens.weight), width, 0.0),
         "ids": (tokens.ids[:frames].reshape(count) if tokens.ids is not None else np.zeros(count)).astype(np.int64),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from sci_tokenizers.autoregression import HORIZONS, own_forecast
 from sci_tokenizers.quantizer import Quantizer, mean_scale
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
@@ -20,6 +21,10 @@ from sci_tokenizers.tokenizer import (
 )
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+
+_ORDER = 4
+_REFIT = 16
+_SPREAD_FLOOR = 0.1  # of the context's scale: calm or dry hours foretell nothing of the next gust or shower
 
 
 class SeriesTokenizer(Tokenizer):
@@ -74,7 +79,7 @@ class SeriesTokenizer(Tokenizer):
         scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
         ids = self.quantizer.ids(centred / scale, valid)
         payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
-        anchor = last_valid(payload, valid[:, :, None, None])
+        last = last_valid(payload, valid[:, :, None, None])
         features, time = frame_features(sample, 1)
         return Tokens(
             key=sample.key,
@@ -83,9 +88,9 @@ class SeriesTokenizer(Tokenizer):
             payload=payload,
             valid=valid[:, :, None, None],
             ids=ids,
-            anchor=anchor[..., None],
-            anchor_spread=np.zeros((*anchor.shape, 1), np.float32),
-            memory=memories(payload, valid[:, :, None, None], anchor=anchor, home=-level / scale),
+            last=last,
+            **_own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads),
+            memory=memories(payload, valid[:, :, None, None], last=last, home=-level / scale, kin=_kin(sample.variables)),
             weight=np.ones((slots, 1, 1), np.float32),
             variable=variable_rows(sample)[:, None],
             row=np.zeros(slots, np.int16),
@@ -111,6 +116,36 @@ class SeriesTokenizer(Tokenizer):
         valid = tokens.valid[:, variable, 0, 0]
         edge = np.abs(tokens.payload[:, variable, 0, 0]) >= self.settings.series_limit
         return float((edge & valid).sum() / max(valid.sum(), 1))
+
+
+def _kin(variables: tuple[str, ...]) -> np.ndarray:
+    """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0 without any."""
+    same = np.array([[a == b for b in variables] for a in variables], np.float64) - np.eye(len(variables))
+    return same / np.maximum(same.sum(axis=1, keepdims=True), 1.0)
+
+
+def _own_forecast(
+    carried: np.ndarray, valid: np.ndarray, *, num_context: int, leads: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """What each slot's own past says of the frames it is asked for (see `autoregression.own_forecast`), from carried values (F, S).
+
+    Frames before the context's end are asked nothing and hold 0.
+    """
+    frames, slots = carried.shape
+    own = own_forecast(
+        carried.T.astype(np.float64),
+        valid.T,
+        origins=np.arange(num_context - 1, frames),
+        steps=np.asarray(leads),
+        order=_ORDER,
+        refit=_REFIT,
+    )
+    anchor = np.zeros((frames, slots, 1, 1, len(leads)), np.float32)
+    spread, volatility = np.zeros_like(anchor), np.zeros((frames, slots, 1, len(HORIZONS)), np.float32)
+    anchor[num_context - 1 :, :, 0, 0] = own.mean.transpose(1, 0, 2)
+    spread[num_context - 1 :, :, 0, 0] = np.log(np.maximum(own.spread, _SPREAD_FLOOR)).transpose(1, 0, 2)
+    volatility[num_context - 1 :, :, 0] = own.volatility.transpose(1, 0, 2)
+    return {"anchor": anchor, "anchor_spread": spread, "volatility": volatility}
 
 
 def _slot_features(sample: Sample) -> np.ndarray:

@@ -16,8 +16,14 @@ from sci_tokenizers.variables import VARIABLE_INDEX, VARIABLES
 
 
 _MEMORY_LAGS = (1, 2, 3)
+_KIN_LAGS = (0, 1, 2)
 _MEMORY_HALF_LIVES = (2.0, 8.0, 32.0, float("inf"))
-MEMORIES = tuple(f"lag_{lag}" for lag in _MEMORY_LAGS) + tuple(f"mean_{h:g}" for h in _MEMORY_HALF_LIVES) + ("home",)
+MEMORIES = (
+    *(f"lag_{lag}" for lag in _MEMORY_LAGS),
+    *(f"kin_lag_{lag}" for lag in _KIN_LAGS),
+    *(f"mean_{half_life:g}" for half_life in _MEMORY_HALF_LIVES),
+    "home",
+)
 
 
 class TokenizerError(ValueError):
@@ -158,26 +164,40 @@ def last_valid(payload: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(newest >= 0, picked, 0.0).astype(np.float32)
 
 
-def memories(payload: np.ndarray, valid: np.ndarray, *, anchor: np.ndarray, home: np.ndarray) -> np.ndarray:
-    """What a head may lean on beside the anchor, as differences from it, float32 (F, S, V, K, len(MEMORIES)).
+def memories(payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, home: np.ndarray, kin: np.ndarray) -> np.ndarray:
+    """What a head may lean on beside the anchor, as differences from `last`, float32 (F, S, V, K, len(MEMORIES)).
 
-    The last valid value some frames ago, running means over the past with different half-lives, the plain mean of all frames
-    so far, and `home` (S,): where the climatology lies in scaled units. Only frames up to the token's own enter.
+    The last valid value some frames ago, of the slot and of its kin; running means over the past with different half-lives;
+    the plain mean of all frames so far; and `home`, where the climatology lies. Only frames up to the token's own enter.
+
+    Args:
+        payload, valid: (F, S, V, K).
+        last: of `last_valid`.
+        home: (S,), scaled.
+        kin: (S, S), weights of other slots in a slot's kin; a slot without kin has a row of 0 and leans on nothing there.
     """
     frames = len(payload)
-    out = np.zeros((*payload.shape, len(MEMORIES)), np.float32)
-    for j, lag in enumerate(_MEMORY_LAGS):
-        out[lag:, ..., j] = anchor[: frames - lag]
-        out[:lag, ..., j] = anchor[:1]
-    first, last = len(_MEMORY_LAGS), len(_MEMORY_LAGS) + len(_MEMORY_HALF_LIVES)
+    relatives = np.einsum("st,ftvk->fsvk", kin, last)
+    alone = kin.sum(axis=1) == 0
+    relatives[:, alone] = last[:, alone]
+    parts = [_ago(last, lag) for lag in _MEMORY_LAGS] + [_ago(relatives, lag) for lag in _KIN_LAGS]
+    for j in range(len(_KIN_LAGS)):
+        parts[len(_MEMORY_LAGS) + j][:, alone] = last[:, alone]
     keep = 0.5 ** (1.0 / np.array(_MEMORY_HALF_LIVES))
-    total, weight = np.zeros((*payload.shape[1:], len(keep))), np.zeros((*payload.shape[1:], len(keep)))
+    means = np.zeros((*payload.shape, len(keep)), np.float32)
+    total, weight = np.zeros(means.shape[1:]), np.zeros(means.shape[1:])
     for f in range(frames):
         total = keep * total + (payload[f] * valid[f])[..., None]
         weight = keep * weight + valid[f][..., None]
-        out[f, ..., first:last] = total / np.maximum(weight, 1e-9)
-    out[..., last] = home[:, None, None]
-    return out - anchor[..., None]
+        means[f] = total / np.maximum(weight, 1e-9)
+    at_home = np.broadcast_to(home[None, :, None, None], payload.shape)
+    stacked = np.concatenate([np.stack(parts, axis=-1), means, at_home[..., None]], axis=-1)
+    return (stacked - last[..., None]).astype(np.float32)
+
+
+def _ago(values: np.ndarray, lag: int) -> np.ndarray:
+    """Values `lag` frames earlier; the first frame's before that."""
+    return np.concatenate([np.repeat(values[:1], min(lag, len(values)), axis=0), values[: max(len(values) - lag, 0)]])
 
 
 def variable_rows(sample: Sample) -> np.ndarray:

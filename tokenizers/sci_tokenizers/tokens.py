@@ -27,10 +27,12 @@ class Tokens:
         payload: float32 (F, S, V, K), scaled values; 0 where not valid.
         valid: bool (F, S, V, K).
         ids: int32 (F, S) quantized ids for series, else None.
-        anchor: float32 (F, S, V, K, A), what the head corrects, A = 1 for all leads alike or one per lead: the last valid value
-            at or before the frame (grid, series); the forecast of an autoregression fitted to the past (trace).
-        anchor_spread: float32, same shape: logarithm of the spread that the head corrects, 0 where nothing is known of it.
-        memory: float32 (F, S, V, K, J), what else the head may lean on, as differences from the anchor (J = 0 for traces).
+        last: float32 (F, S, V, K), the last valid value at or before the frame; 0 for traces (a waveform's mean).
+        anchor: float32 (F, S, V, K, A), what the head corrects, A = 1 for all leads alike or one per lead: the last value
+            (grid); the forecast of an autoregression fitted to the past (series, trace).
+        anchor_spread: float32, same shape: logarithm of the anchor's own errors so far, 0 where nothing is known of them.
+        memory: float32 (F, S, V, K, J), what else the head may lean on, as differences from `last` (J = 0 for traces).
+        volatility: float32 (F, S, V, len(HORIZONS)), logarithm of recent errors of the autoregression over all of them.
         weight: float32 (S, V, K), area and variable weight of a value, mean 1 over a document.
         variable: int16 (S, V), rows of the variable table.
         row, column: int16 (S,), place of the slot on the patch grid (0 for unordered slots).
@@ -41,6 +43,7 @@ class Tokens:
         time: float64 (F,), end of each frame, seconds since 1970 on the corpus calendar.
         num_context: C; scales come from the first C frames, and only frames from C on are targets.
         leads: frames ahead that each token is asked for, ascending, the first is usually 1.
+        importance: weight of the whole document in the loss, in (0, 1].
         size: rows and columns of the sample's grid (1, 1 where there is none).
     """
 
@@ -50,9 +53,11 @@ class Tokens:
     payload: np.ndarray
     valid: np.ndarray
     ids: np.ndarray | None
+    last: np.ndarray
     anchor: np.ndarray
     anchor_spread: np.ndarray
     memory: np.ndarray
+    volatility: np.ndarray
     weight: np.ndarray
     variable: np.ndarray
     row: np.ndarray
@@ -65,6 +70,7 @@ class Tokens:
     time: np.ndarray
     num_context: int
     leads: tuple[int, ...]
+    importance: float = 1.0
     size: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
@@ -73,9 +79,11 @@ class Tokens:
         frames, slots, variables, values = self.payload.shape
         expected = {
             "valid": (frames, slots, variables, values),
+            "last": (frames, slots, variables, values),
             "anchor": (frames, slots, variables, values, self.anchor.shape[-1]),
             "anchor_spread": self.anchor.shape,
             "memory": (frames, slots, variables, values, self.memory.shape[-1]),
+            "volatility": (frames, slots, variables, self.volatility.shape[-1]),
             "weight": (slots, variables, values),
             "variable": (slots, variables),
             "row": (slots,),

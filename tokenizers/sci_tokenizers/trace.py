@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sci_tokenizers.autoregression import burg, error_spread, newest, step_coefficients
+from sci_tokenizers.autoregression import HORIZONS, own_forecast
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
@@ -15,7 +15,8 @@ from sci_tokenizers.variables import VARIABLES
 
 _MAD_TO_STD = 1.4826
 _ORDER = 32
-_REFIT = 24
+_REFIT = 24  # frames
+_SPREAD_FLOOR = 1e-4  # of a context's spread: a record that its own past foretells exactly
 
 
 class TraceTokenizer(Tokenizer):
@@ -60,7 +61,7 @@ class TraceTokenizer(Tokenizer):
         payload = scaled.reshape(frames, n, *scaled.shape[1:]).transpose(0, 3, 2, 1).astype(np.float32)  # f r c n
         mask = valid.reshape(frames, n, *valid.shape[1:]).transpose(0, 3, 2, 1)
         receivers, components = payload.shape[1:3]
-        anchor, spread_at = _autoregression((values - offset) / scale, valid, n=n, num_context=num_context, leads=leads)
+        own = _own_forecast((values - offset) / scale, valid, n=n, num_context=num_context, leads=leads)
         features, time = frame_features(sample, n)
         return Tokens(
             key=sample.key,
@@ -69,9 +70,10 @@ class TraceTokenizer(Tokenizer):
             payload=payload,
             valid=mask,
             ids=None,
-            anchor=anchor,
-            anchor_spread=spread_at,
+            last=np.zeros_like(payload),
+            **own,
             memory=np.zeros((*payload.shape, 0), np.float32),
+            importance=_importance(payload, mask, own, leads=leads, num_context=num_context),
             weight=np.ones((receivers, components, n), np.float32),
             variable=np.tile(variable_rows(sample), (receivers, 1)),
             row=np.zeros(receivers, np.int16),
@@ -95,38 +97,50 @@ class TraceTokenizer(Tokenizer):
         return moved.reshape(*lead, frames * n, components, receivers, 1).astype(np.float32)
 
 
-def _autoregression(
+def _own_forecast(
     scaled: np.ndarray, valid: np.ndarray, *, n: int, num_context: int, leads: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each frame's own forecast of the frames it is asked for, and the logarithm of its errors' spread so far, in payload units.
+) -> dict[str, np.ndarray]:
+    """What each frame's own past says of the frames it is asked for, in payload units (see `autoregression.own_forecast`).
 
-    An AR(32) is fitted to the samples up to a frame, the first time at the context's end and then every _REFIT frames, so
-    nothing after a frame enters its forecast. Frames before the context's end are asked nothing and hold 0.
-
-    Returns:
-        float32 (F, receivers, components, n, len(leads)) each.
+    The first fit is at the context's end; earlier frames are asked nothing and hold 0, as do components never seen there.
     """
     times, components, receivers = scaled.shape
     frames = times // n
     flat = np.where(valid, scaled, 0.0).transpose(2, 1, 0).reshape(receivers * components, times)
     known = valid.transpose(2, 1, 0).reshape(flat.shape)
-    steps = (np.asarray(leads)[:, None] - 1) * n + np.arange(n)  # lead n
-    mean = np.zeros((len(flat), frames, *steps.shape))
-    spread = np.ones_like(mean)
-    live = np.flatnonzero(known[:, : num_context * n].any(axis=1))  # components that the context never saw stay at 0
-    for first in range(num_context - 1, frames, _REFIT):
-        past = (first + 1) * n
-        order = max(1, min(_ORDER, past // 4))
-        weights = step_coefficients(burg(flat[live, :past], order), int(steps.max()) + 1)
-        asking = np.arange(first, min(first + _REFIT, frames))
-        states = newest(flat[live], (asking + 1) * n - 1, order)
-        mean[np.ix_(live, asking)] = (states @ weights.transpose(0, 2, 1))[:, :, steps]
-        errors = error_spread(flat[live, :past], known[live, :past], weights)
-        spread[np.ix_(live, asking)] = errors[:, None, steps]
-    log_spread = np.log(np.maximum(spread, 1e-4))
-    shape = (receivers, components, frames, len(leads), n)
-    arranged = [x.reshape(shape).transpose(2, 0, 1, 4, 3).astype(np.float32) for x in (mean, log_spread)]
-    return arranged[0], arranged[1]
+    steps = (np.asarray(leads)[:, None] - 1) * n + 1 + np.arange(n)  # lead n
+    live = np.flatnonzero(known[:, : num_context * n].any(axis=1))
+    origins = np.arange(num_context, frames + 1) * n - 1
+    own = own_forecast(
+        flat[live], known[live], origins=origins, steps=steps.ravel(), order=_ORDER, refit=_REFIT
+    )
+    out = {}
+    for name, values, tail in (
+        ("anchor", own.mean, steps.shape),
+        ("anchor_spread", np.log(np.maximum(own.spread, _SPREAD_FLOOR)), steps.shape),
+        ("volatility", own.volatility, (len(HORIZONS),)),
+    ):
+        whole = np.zeros((len(flat), frames, values.shape[2]), np.float32)
+        whole[np.ix_(live, np.arange(num_context - 1, frames))] = values
+        split = whole.reshape(receivers, components, frames, *tail)
+        out[name] = split.transpose(2, 0, 1, 4, 3) if len(tail) == 2 else split.transpose(2, 0, 1, 3)
+    return out
+
+
+def _importance(
+    payload: np.ndarray, valid: np.ndarray, own: dict[str, np.ndarray], *, leads: tuple[int, ...], num_context: int
+) -> float:
+    """1, or less where an onset stands far outside what the past foretells: 1 / root mean square of the first lead's errors.
+
+    Errors are counted in spreads of the anchor; an onset is a thousand of them high, and without this one document would
+    outweigh a thousand others.
+    """
+    first, start = leads[0], num_context - 1
+    ahead, seen = payload[start + first :], valid[start + first :]
+    count = len(ahead)
+    errors = (ahead - own["anchor"][start : start + count, ..., 0]) / np.exp(own["anchor_spread"][start : start + count, ..., 0])
+    mean_square = float((errors**2)[seen].mean()) if seen.any() else 1.0
+    return 1.0 / max(1.0, mean_square) ** 0.5
 
 
 def _slot_features(sample: Sample) -> np.ndarray:
