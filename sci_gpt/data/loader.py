@@ -30,7 +30,13 @@ class Corpus:
     """
 
     def __init__(
-        self, store: Store, specs: Sequence[WindowSpec], *, seed: int, settings: TokenizerSettings, shuffle_time: bool = False
+        self,
+        store: Store,
+        specs: Sequence[WindowSpec],
+        *,
+        seed: int,
+        settings: TokenizerSettings,
+        shuffle_time: bool = False,
     ) -> None:
         unknown = [spec.source for spec in specs if spec.source not in store.sources]
         if unknown:

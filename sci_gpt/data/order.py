@@ -19,7 +19,8 @@ def keyed(seed: int, *words: object) -> int:
 
 
 def permute(position: int, size: int, key: int, *, inverse: bool = False) -> int:
-    """Element `position` of a keyed permutation of range(size): a Feistel network on the next power of four, cycle-walked.
+    """Element `position` of a keyed permutation of range(size): a Feistel network on the next power of four,
+    cycle-walked.
 
     Args:
         position: within range(size).
@@ -59,7 +60,8 @@ def _mix(value: int, round_number: int) -> int:
 def mixture_table(shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which source gives sample n of a period, and how many samples it gave before, each (PERIOD,).
 
-    Shares are rounded to 1/65536. At every n a source has given its share of n within one sample: the chairman assignment of
+    Shares are rounded to 1/65536. At every n a source has given its share of n within one sample: the chairman
+    assignment of
     Tijdeman (1980): among sources that may give one without overshooting, the one whose deadline comes first.
 
     Raises:

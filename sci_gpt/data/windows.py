@@ -36,7 +36,8 @@ class WindowSpec:
         low, high = self.context_frames
         if not 1 <= low <= high < self.frames:
             raise DataError(
-                f"source {self.source!r}: context_frames must be within 1..frames - 1 = {self.frames - 1}, got {low}..{high}"
+                f"source {self.source!r}: context_frames must be within 1..frames - 1 = {self.frames - 1}, "
+                f"got {low}..{high}"
             )
 
 
@@ -66,11 +67,13 @@ class Windows:
         self._ends = np.cumsum(counts)
         self.num_windows = int(self._ends[-1]) if len(counts) else 0
         if not len(times):
-            raise DataError(f"source {spec.source!r} has no stretch in its {split} split; choose another split rule or dates")
+            raise DataError(
+                f"source {spec.source!r} has no stretch in its {split} split; choose another split rule or dates"
+            )
         if not self.num_windows:
             raise DataError(
-                f"source {spec.source!r}, {split}: a window of {spec.frames} frames ({need} times) is longer than the data "
-                f"({int(times.max())} times); lower mixture frames"
+                f"source {spec.source!r}, {split}: a window of {spec.frames} frames ({need} times) is longer than the "
+                f"data ({int(times.max())} times); lower mixture frames"
             )
 
     def locate(self, window: int) -> tuple[int, int, int]:

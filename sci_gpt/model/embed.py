@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from sci_gpt.model.inputs import PayloadInputs
 from sci_tokenizers.autoregression import HORIZONS
-from sci_tokenizers.tokenizer import MEMORIES
 from sci_tokenizers.packing import QUESTION_FEATURES, TOKEN_FEATURES
+from sci_tokenizers.tokenizer import MEMORIES
 
 # Periodic quantities by period; the others are logarithms or lengths, seen through a few slow waves and as they are.
-_PERIOD = {"latitude": 360.0, "longitude": 360.0, "year_phase": 1.0, "day_phase": 1.0, "next_year_phase": 1.0, "next_day_phase": 1.0}
+_PERIOD = {
+    "latitude": 360.0,
+    "longitude": 360.0,
+    "year_phase": 1.0,
+    "day_phase": 1.0,
+    "next_year_phase": 1.0,
+    "next_day_phase": 1.0,
+}
 _HARMONICS = 3
 _WAVES = (0.15, 0.45, 1.35)
 _SPAN = {"elevation": 1000.0}
@@ -22,7 +29,12 @@ _VALUE_WAVES = (0.5, 1.0, 2.0)
 
 
 class FourierFeatures(nn.Module):
-    """Quantities (N, Q), NaN where unknown, to (N, out_features): sin and cos of each, 0 where unknown, plus a known flag."""
+    """Quantities (N, Q), NaN where unknown, to (N, out_features): sin and cos of each, 0 where unknown, plus a known
+    flag.
+    """
+
+    frequency: Tensor
+    linear: Tensor
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()

@@ -68,7 +68,8 @@ class Head(nn.Module):
 def _located(payload: PayloadInputs, correction: Tensor, lean: Tensor) -> Tensor:
     """Anchor + spread x (what the head leans on + correction), (U, V, K).
 
-    Differences are counted in the anchor's spreads and compressed beyond one, so that a record which its own past foretells
+    Differences are counted in the anchor's spreads and compressed beyond one, so that a record which its own past
+    foretells
     within a hundredth of its changes does not drown the gradient of the others.
 
     Args:
@@ -84,7 +85,9 @@ def _located(payload: PayloadInputs, correction: Tensor, lean: Tensor) -> Tensor
 
 
 def _spread(payload: PayloadInputs, log_spread: Tensor, recent: Tensor) -> Tensor:
-    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start, moved by recent errors."""
+    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start, moved by recent
+    errors.
+    """
     moved = torch.einsum("uvh,uvh->uv", payload.volatility[payload.unit_token], recent)[..., None]
     return payload.unit_spread + (CAUTION + moved + log_spread).clamp(-6.0, 6.0)
 

@@ -13,7 +13,9 @@ from sci_gpt.model.transformer import SciGPT
 
 
 def standard_normal(seed: int, name: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse error function)."""
+    """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse
+    error function).
+    """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, np.uint64))
     block = start // 4  # one Philox counter gives four 64-bit words
@@ -25,7 +27,8 @@ def standard_normal(seed: int, name: str, start: int, stop: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: SciGPT, seed: int) -> None:
-    """Draw every parameter: linears normal with 1/sqrt(fan in), residual outputs smaller by sqrt(2 layers), the last layer of
+    """Draw every parameter: linears normal with 1/sqrt(fan in), residual outputs smaller by sqrt(2 layers), the last
+    layer of
     a head and all biases and variable tables small or 0, norms 1."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

@@ -27,7 +27,8 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """cos and sin of the rotary angles of each token, (T, head_width / 2): half of the pairs turn with the frame, a quarter
+    """cos and sin of the rotary angles of each token, (T, head_width / 2): half of the pairs turn with the frame, a
+    quarter
     each with the patch row and column (Su et al. 2021, on three axes)."""
 
     cos: Tensor
@@ -37,7 +38,11 @@ class Rotary:
     def of(cls, inputs: ModelInputs, head_width: int) -> Rotary:
         """Angles from the tokens' frame, row and column."""
         pairs = head_width // 2
-        shares = ((inputs.frame, pairs // 2), (inputs.row, pairs // 4), (inputs.column, pairs - pairs // 2 - pairs // 4))
+        shares = (
+            (inputs.frame, pairs // 2),
+            (inputs.row, pairs // 4),
+            (inputs.column, pairs - pairs // 2 - pairs // 4),
+        )
         angles = []
         for position, count in shares:
             frequency = 1000.0 ** (-torch.arange(count, device=position.device, dtype=torch.float32) / count)
@@ -70,12 +75,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, groups: tuple[DocumentGroup, ...]) -
     """
     parts, places = [], []
     for group in groups:
-        take = [rearrange(x[group.index], "d t h c -> d h t c") for x in (q, k, v)]
+        of_q, of_k, of_v = (rearrange(x[group.index], "d t h c -> d h t c") for x in (q, k, v))
         if group.slots == 1:
-            mixed = F.scaled_dot_product_attention(*take, is_causal=True)
+            mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True)
         else:
             mask = frame_causal_mask(group.frames, group.slots, q.device)
-            mixed = F.scaled_dot_product_attention(*take, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, attn_mask=mask)
         parts.append(rearrange(mixed, "d h t c -> (d t) h c"))
         places.append(group.index.reshape(-1))
     if not parts:

@@ -1,4 +1,4 @@
-"""Loss: per value from the predicted distribution, per token a weighted mean over valid values, per modality a weighted sum."""
+"""Loss: per value from its distribution, per token a weighted mean over valid values, per modality a weighted sum."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, wi
 def unit_losses(prediction: Prediction, payload: PayloadInputs, settings: TokenizerSettings) -> Tensor:
     """Loss of each unit (U,): the weighted mean over its valid values; 0 where nothing is valid.
 
-    Series: cross-entropy of the id's bin (nats). Grids and traces: CRPS in spreads of the anchor where that is known (traces),
+    Series: cross-entropy of the id's bin (nats). Grids and traces: CRPS in spreads of the anchor where that is known
+        (traces),
     else in scaled units (grids).
     """
     truth = payload.values[payload.unit_target]
@@ -62,10 +63,14 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, settings: Tokeni
     return torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
 
 
-def weighted_sums(predictions: dict[str, Prediction], inputs: ModelInputs, settings: TokenizerSettings) -> dict[str, Tensor]:
+def weighted_sums(
+    predictions: dict[str, Prediction], inputs: ModelInputs, settings: TokenizerSettings
+) -> dict[str, Tensor]:
     """Sum over units of loss x weight, per modality present."""
     return {
-        modality: (unit_losses(prediction, inputs.payloads[modality], settings) * inputs.payloads[modality].unit_weight).sum()
+        modality: (
+            unit_losses(prediction, inputs.payloads[modality], settings) * inputs.payloads[modality].unit_weight
+        ).sum()
         for modality, prediction in predictions.items()
     }
 

@@ -43,7 +43,8 @@ class Predictor:
         """Forecast quantiles from the end of each sample's context.
 
         Args:
-            samples: of (num_context + max(leads)) frames each; what lies after the context is blanked here, its times are used.
+            samples: of (num_context + max(leads)) frames each; what lies after the context is blanked here, its
+                times are used.
             num_context: frames of context.
             leads: frames ahead, ascending; lead k is the frame num_context - 1 + k.
             levels: of the quantiles, in (0, 1).
@@ -88,7 +89,11 @@ class Predictor:
             first = taken[tokens.modality]
             taken[tokens.modality] += units
             scaled = arrays[tokens.modality][:, first : first + units, : tokens.variable.shape[1]]
-            out.append(self._physical(tokens, scaled.reshape(len(levels), len(tokens.leads), tokens.num_slots, *scaled.shape[2:])))
+            out.append(
+                self._physical(
+                    tokens, scaled.reshape(len(levels), len(tokens.leads), tokens.num_slots, *scaled.shape[2:])
+                )
+            )
         return out
 
     def _physical(self, tokens: Tokens, scaled: np.ndarray) -> np.ndarray:
@@ -96,7 +101,21 @@ class Predictor:
         at = [tokens.num_context - 1 + lead for lead in tokens.leads]
         asked = replace(
             tokens,
-            **{name: getattr(tokens, name)[at] for name in ("payload", "valid", "last", "anchor", "anchor_spread", "memory", "volatility", "offset", "time", "frame_features")},
+            **{
+                name: getattr(tokens, name)[at]
+                for name in (
+                    "payload",
+                    "valid",
+                    "last",
+                    "anchor",
+                    "anchor_spread",
+                    "memory",
+                    "volatility",
+                    "offset",
+                    "time",
+                    "frame_features",
+                )
+            },
             num_context=1,
         )
         tokenizer = self.tokenizers[tokens.modality]

@@ -1,4 +1,4 @@
-"""Pointwise skill from what a batch holds: the model's CRPS against persistence and the training mean, each with a spread."""
+"""Pointwise skill from what a batch holds: the model's CRPS against dressed persistence and the offset."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ _LEVELS = tuple((i + 0.5) / 20 for i in range(20))
 
 @torch.no_grad()
 def batch_scores(model: SciGPT, inputs: ModelInputs, settings: TokenizerSettings) -> dict[str, Tensor]:
-    """Sums over units, per modality: weight, loss, and CRPS of the model, of persistence and of the offset, float64 (5,).
+    """Sums over units, per modality: weight, loss, and CRPS of the model, of persistence and of the offset, float64
+    (5,).
 
-    In scaled units. Both baselines are dressed with the spread of their own errors in this batch, per lead, which flatters
+    In scaled units. Both baselines are dressed with the spread of their own errors in this batch, per lead, which
+    flatters
     them a little: the line in the log is a sign of life, the evaluation's skill is the one to quote.
     """
     model.eval()

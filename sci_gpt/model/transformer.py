@@ -58,7 +58,9 @@ class SciGPT(nn.Module):
     def forward(self, inputs: ModelInputs) -> dict[str, Prediction]:
         """Predictions of every asked unit, by modality; `idle` parameters are tied in with weight 0."""
         x = self.trunk(inputs)
-        return {modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()}
+        return {
+            modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()
+        }
 
     def trunk(self, inputs: ModelInputs) -> Tensor:
         """(T, width): what the model knows at each token."""
@@ -71,7 +73,9 @@ class SciGPT(nn.Module):
         return self.norm(x)
 
     def idle(self, inputs: ModelInputs) -> Tensor:
-        """0, but reached by every parameter of modalities absent from the batch: collectives must see them on every rank."""
+        """0, but reached by every parameter of modalities absent from the batch: collectives must see them on every
+        rank.
+        """
         absent = [m for m in self.heads if m not in inputs.payloads]
         parameters = [p for m in absent for module in (self.embed[m], self.heads[m]) for p in module.parameters()]
         zero = inputs.features.new_zeros(())

@@ -12,14 +12,18 @@ HORIZONS = (4, 16, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class OwnForecast:
-    """What a record's own past says at each origin: float64 (B, origins, steps), (B, origins, steps), (B, origins, HORIZONS)."""
+    """What a record's own past says at each origin: float64 (B, origins, steps), (B, origins, steps), (B, origins,
+    HORIZONS).
+    """
 
     mean: np.ndarray
     spread: np.ndarray
     volatility: np.ndarray
 
 
-def own_forecast(series: np.ndarray, known: np.ndarray, *, origins: np.ndarray, steps: np.ndarray, order: int, refit: int) -> OwnForecast:
+def own_forecast(
+    series: np.ndarray, known: np.ndarray, *, origins: np.ndarray, steps: np.ndarray, order: int, refit: int
+) -> OwnForecast:
     """Forecast a record from its own past, at every origin from the samples up to it alone.
 
     Args:
@@ -31,7 +35,8 @@ def own_forecast(series: np.ndarray, known: np.ndarray, *, origins: np.ndarray, 
         refit: see `order`.
 
     Returns:
-        Means, the spread of the errors made so far at as many steps, and the logarithm of recent one-step errors over all.
+        Means, the spread of the errors made so far at as many steps, and the logarithm of recent one-step errors
+        over all.
     """
     batch, longest = len(series), int(steps.max())
     mean = np.zeros((batch, len(origins), len(steps)))

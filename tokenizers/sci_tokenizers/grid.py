@@ -47,14 +47,18 @@ class GridTokenizer(Tokenizer):
         """See `Tokenizer.encode`; payload (F, S, V, p * p), slots in row-major order of patches."""
         self._check(sample, num_context)
         transformed = np.stack(
-            [forward_transform(sample.values[:, v].astype(np.float64), name) for v, name in enumerate(sample.variables)], axis=1
+            [
+                forward_transform(sample.values[:, v].astype(np.float64), name)
+                for v, name in enumerate(sample.variables)
+            ],
+            axis=1,
         )
         offset, scale = _normalisation(sample, transformed, num_context, statistics)
         scaled = np.where(sample.valid, (transformed - offset) / scale[None, :, None, None], 0.0).astype(np.float32)
         payload, valid = self._patches(scaled), self._patches(sample.valid)
         frames, slots = payload.shape[:2]
         area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
-        seen = sample.valid.any(axis=0)
+        seen = np.asarray(sample.valid.any(axis=0))
         weight = self._patches(np.where(seen, area, 0.0)[None])[0]
         weight = weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)
         rows, columns = self._patch_grid(sample.values.shape[2:])
@@ -80,7 +84,9 @@ class GridTokenizer(Tokenizer):
             frame_features=features,
             slot_features=self._slot_features(sample),
             log_scale=np.tile(log_scales(scale, sample), (slots, 1)),
-            offset=np.broadcast_to(self._patches(offset[None].astype(np.float32)), (frames, slots, variables, payload.shape[3])),
+            offset=np.broadcast_to(
+                self._patches(offset[None].astype(np.float32)), (frames, slots, variables, payload.shape[3])
+            ),
             scale=np.tile(scale.astype(np.float32), (slots, 1)),
             time=time,
             num_context=num_context,
@@ -122,11 +128,15 @@ class GridTokenizer(Tokenizer):
     def _slot_features(self, sample: Sample) -> np.ndarray:
         """(S, 5): mean latitude and elevation, mean direction of longitude, level, and the patch's extent in metres."""
         longitude = np.radians(sample.longitude.astype(np.float64))
-        place = np.stack([sample.latitude, np.cos(longitude), np.sin(longitude), sample.elevation])[None].astype(np.float64)
+        place = np.stack([sample.latitude, np.cos(longitude), np.sin(longitude), sample.elevation])[None].astype(
+            np.float64
+        )
         inside = self._patches(np.ones((1, 1, *sample.latitude.shape)))[0]  # s 1 k
         mean = (self._patches(place)[0] * inside).sum(-1) / inside.sum(-1)  # s 4
         rows, columns = self._patch_grid(sample.latitude.shape)
-        spacing = np.abs(np.diff(sample.latitude[:, 0].astype(np.float64))).mean() if len(sample.latitude) > 1 else np.nan
+        spacing = (
+            np.abs(np.diff(sample.latitude[:, 0].astype(np.float64))).mean() if len(sample.latitude) > 1 else np.nan
+        )
         out = np.full((rows * columns, len(SLOT_FEATURES)), np.nan, np.float32)
         out[:, 0] = mean[:, 0]
         out[:, 1] = np.degrees(np.arctan2(mean[:, 2], mean[:, 1]))

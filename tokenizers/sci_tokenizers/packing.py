@@ -38,7 +38,9 @@ def pack_rows(lengths: Sequence[int], rows: int, row_length: int) -> list[list[i
     for document in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
         need = lengths[document]
         if need > row_length:
-            raise PackingError(f"document {document} has {need} tokens, a row holds {row_length}: raise row_length or cut frames")
+            raise PackingError(
+                f"document {document} has {need} tokens, a row holds {row_length}: raise row_length or cut frames"
+            )
         fits = np.flatnonzero(free >= need)
         if not fits.size:
             return None
@@ -55,7 +57,8 @@ class Payload:
     Attributes:
         index: int64 (N,), position of each token in the flat batch.
         values: float32 (N, V, K), scaled, 0 where not valid;  valid: bool (N, V, K).
-        last: float32 (N, V, K);  memory: float32 (N, V, K, J);  volatility: float32 (N, V, H);  weight: float32 (N, V, K).
+        last: float32 (N, V, K);  memory: float32 (N, V, K, J);  volatility: float32 (N, V, H);  weight: float32 (N,
+            V, K).
         ids: int64 (N,), series only (0 elsewhere).
         variable: int64 (N, V), -1 where a token has fewer variables.
         log_scale: float32 (N, V), NaN for uncalibrated counts.
@@ -207,7 +210,9 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, 0.0),
             "index": start + np.arange(count),
             "unit_token": first + origin * tokens.num_slots + slot,
-            "unit_target": first + target * tokens.num_slots + slot if not context_only else np.zeros(len(lead), np.int64),
+            "unit_target": first + target * tokens.num_slots + slot
+            if not context_only
+            else np.zeros(len(lead), np.int64),
             "unit_lead": lead,
             "unit_weight": (tokens.importance * valid / len(tokens.leads)).astype(np.float32),
             "question": np.stack(
@@ -270,5 +275,5 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     origin, lead = np.repeat(origin, tokens.num_slots), np.repeat(lead, tokens.num_slots)
     slot = np.tile(np.arange(tokens.num_slots), inside.sum())
     target = origin + lead
-    answered = (tokens.valid & (tokens.weight > 0)).any(axis=(2, 3))
+    answered = np.asarray((tokens.valid & (tokens.weight > 0)).any(axis=(2, 3)))
     return origin, target, lead, slot, answered[target, slot]

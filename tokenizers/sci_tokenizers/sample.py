@@ -44,9 +44,11 @@ class Sample:
         levels: vertical coordinate per variable (Pa or m), NaN where there is none.
         values: float32 (time, variable, row, column); 0 where not valid.
         valid: bool, same shape: False where a value is missing.
-        time: float64 (time,), seconds since 1970-01-01 UTC on the corpus calendar (a 360-day or no-leap year is stretched
+        time: float64 (time,), seconds since 1970-01-01 UTC on the corpus calendar (a 360-day or no-leap year is
+            stretched
             to a real one), strictly increasing.
-        year_phase, day_phase: float32 (time,) in [0, 1): phase of the year and of the UTC day in the sample's own calendar.
+        year_phase, day_phase: float32 (time,) in [0, 1): phase of the year and of the UTC day in the sample's own
+            calendar.
         step_seconds: nominal step of the time axis in seconds.
         latitude, longitude, elevation: float32 (row, column), degrees north, degrees east, m; NaN where unknown.
     """
@@ -103,7 +105,9 @@ class Sample:
             raise SampleError(f"{where}: step_seconds must be positive, got {self.step_seconds}")
         latitude = self.latitude[np.isfinite(self.latitude)]
         if latitude.size and np.abs(latitude).max() > 90:
-            raise SampleError(f"{where}: latitude is within -90..90 degrees, got {latitude.flat[np.abs(latitude).argmax()]}")
+            raise SampleError(
+                f"{where}: latitude is within -90..90 degrees, got {latitude.flat[np.abs(latitude).argmax()]}"
+            )
         if not np.isfinite(self.values).all():
             raise SampleError(f"{where}: values must be finite (0 where not valid)")
 

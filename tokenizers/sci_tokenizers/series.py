@@ -28,9 +28,11 @@ _SPREAD_FLOOR = 0.1  # of the context's scale: calm or dry hours foretell nothin
 
 
 class SeriesTokenizer(Tokenizer):
-    """transform -> minus the training climatology's cycle and the context's median of what is left -> Chronos scale and bins.
+    """transform -> minus the training climatology's cycle and the context's median of what is left -> Chronos scale
+    and bins.
 
-    A source never seen has no climatology: the context's median alone is the offset. What the median took away stays known:
+    A source never seen has no climatology: the context's median alone is the offset. What the median took away stays
+        known:
     the memory's last entry leads from the anchor to the climatology.
     """
 
@@ -80,6 +82,7 @@ class SeriesTokenizer(Tokenizer):
         ids = self.quantizer.ids(centred / scale, valid)
         payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
+        own = _own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads)
         features, time = frame_features(sample, 1)
         return Tokens(
             key=sample.key,
@@ -89,8 +92,12 @@ class SeriesTokenizer(Tokenizer):
             valid=valid[:, :, None, None],
             ids=ids,
             last=last,
-            **_own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads),
-            memory=memories(payload, valid[:, :, None, None], last=last, home=-level / scale, kin=_kin(sample.variables)),
+            anchor=own["anchor"],
+            anchor_spread=own["anchor_spread"],
+            volatility=own["volatility"],
+            memory=memories(
+                payload, valid[:, :, None, None], last=last, home=-level / scale, kin=_kin(sample.variables)
+            ),
             weight=np.ones((slots, 1, 1), np.float32),
             variable=variable_rows(sample)[:, None],
             row=np.zeros(slots, np.int16),
@@ -109,7 +116,9 @@ class SeriesTokenizer(Tokenizer):
         """Scaled values (..., F, S, 1, 1) to physical (..., time, variable, 1, 1)."""
         transformed = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
         names = [VARIABLE_NAMES[row] for row in tokens.variable[:, 0]]
-        physical = np.stack([inverse_transform(transformed[..., s, :, :], name) for s, name in enumerate(names)], axis=-3)
+        physical = np.stack(
+            [inverse_transform(transformed[..., s, :, :], name) for s, name in enumerate(names)], axis=-3
+        )
         return physical.astype(np.float32)
 
     def _clipped_share(self, tokens: Tokens, variable: int) -> float:
@@ -119,7 +128,9 @@ class SeriesTokenizer(Tokenizer):
 
 
 def _kin(variables: tuple[str, ...]) -> np.ndarray:
-    """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0 without any."""
+    """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0
+    without any.
+    """
     same = np.array([[a == b for b in variables] for a in variables], np.float64) - np.eye(len(variables))
     return same / np.maximum(same.sum(axis=1, keepdims=True), 1.0)
 
@@ -127,7 +138,8 @@ def _kin(variables: tuple[str, ...]) -> np.ndarray:
 def _own_forecast(
     carried: np.ndarray, valid: np.ndarray, *, num_context: int, leads: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """What each slot's own past says of the frames it is asked for (see `autoregression.own_forecast`), from carried values (F, S).
+    """What each slot's own past says of the frames it is asked for (see `autoregression.own_forecast`), from carried
+    values (F, S).
 
     Frames before the context's end are asked nothing and hold 0.
     """

@@ -28,7 +28,8 @@ def harmonics(year_phase: np.ndarray, day_phase: np.ndarray, num_year: int, num_
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelStatistics:
-    """What the training split says of one channel (variable and level) of one source, in the variable's transformed unit.
+    """What the training split says of one channel (variable and level) of one source, in the variable's transformed
+    unit.
 
     Attributes:
         count: valid values seen.

@@ -14,13 +14,13 @@ from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokens import FRAME_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_INDEX, VARIABLES
 
-
 _MEMORY_LAGS = (1, 2, 3)
 _KIN_LAGS = (0, 1, 2)
 _MEMORY_HALF_LIVES = (2.0, 8.0, 32.0, float("inf"))
 MEMORIES = (
     *(f"lag_{lag}" for lag in _MEMORY_LAGS),
     *(f"kin_lag_{lag}" for lag in _KIN_LAGS),
+    "kin_since",
     *(f"mean_{half_life:g}" for half_life in _MEMORY_HALF_LIVES),
     "home",
 )
@@ -100,7 +100,8 @@ class Tokenizer(ABC):
             sample: a window of num_frames * frame_times times.
             num_context: C, in frames.
             leads: frames ahead that each token is asked for.
-            statistics: the training split's, by channel; None (a source never seen): the context's own median is the offset.
+            statistics: the training split's, by channel; None (a source never seen): the context's own median is the
+                offset.
 
         Raises:
             TokenizerError: another modality, or a window that is not whole frames or no longer than the context.
@@ -108,9 +109,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
-        """Scaled payloads (..., F, S, V, K) of a document's frames to physical values (..., time, variable, row, column)."""
+        """Scaled payloads (..., F, S, V, K) of a document's frames to physical values (..., time, variable, row,
+        column).
+        """
 
-    def report(self, sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None) -> list[RoundTrip]:
+    def report(
+        self, sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
+    ) -> list[RoundTrip]:
         """Encode, decode and compare, per channel, over the valid values."""
         tokens = self.encode(sample, num_context=num_context, leads=(1,), statistics=statistics)
         back = self.decode(tokens, tokens.payload)
@@ -136,11 +141,14 @@ class Tokenizer(ABC):
     def _check(self, sample: Sample, num_context: int) -> int:
         """Number of frames of the window; raises when the window does not fit this tokenizer."""
         if sample.modality != self.modality:
-            raise TokenizerError(f"the {self.modality} tokenizer got sample {sample.key!r} of modality {sample.modality!r}")
+            raise TokenizerError(
+                f"the {self.modality} tokenizer got sample {sample.key!r} of modality {sample.modality!r}"
+            )
         frames, rest = divmod(sample.num_times, self.frame_times)
         if rest or frames < 1:
             raise TokenizerError(
-                f"sample {sample.key!r}: a window is whole frames of {self.frame_times} times, got {sample.num_times} times"
+                f"sample {sample.key!r}: a window is whole frames of {self.frame_times} times, got {sample.num_times} "
+                f"times"
             )
         if not 1 <= num_context <= frames:
             raise TokenizerError(f"sample {sample.key!r}: context of {num_context} frames in a window of {frames}")
@@ -164,17 +172,22 @@ def last_valid(payload: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(newest >= 0, picked, 0.0).astype(np.float32)
 
 
-def memories(payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, home: np.ndarray, kin: np.ndarray) -> np.ndarray:
+def memories(
+    payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, home: np.ndarray, kin: np.ndarray
+) -> np.ndarray:
     """What a head may lean on beside the anchor, as differences from `last`, float32 (F, S, V, K, len(MEMORIES)).
 
-    The last valid value some frames ago, of the slot and of its kin; running means over the past with different half-lives;
-    the plain mean of all frames so far; and `home`, where the climatology lies. Only frames up to the token's own enter.
+    The last valid value some frames ago, of the slot and of its kin; the last value moved as its kin moved since;
+    running means over the past with different half-lives;
+    the plain mean of all frames so far; and `home`, where the climatology lies. Only frames up to the token's own
+    enter.
 
     Args:
         payload, valid: (F, S, V, K).
         last: of `last_valid`.
         home: (S,), scaled.
-        kin: (S, S), weights of other slots in a slot's kin; a slot without kin has a row of 0 and leans on nothing there.
+        kin: (S, S), weights of other slots in a slot's kin; a slot without kin has a row of 0 and leans on nothing
+            there.
     """
     frames = len(payload)
     relatives = np.einsum("st,ftvk->fsvk", kin, last)
@@ -191,7 +204,9 @@ def memories(payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, home: 
         weight = keep * weight + valid[f][..., None]
         means[f] = total / np.maximum(weight, 1e-9)
     at_home = np.broadcast_to(home[None, :, None, None], payload.shape)
-    stacked = np.concatenate([np.stack(parts, axis=-1), means, at_home[..., None]], axis=-1)
+    newest = np.maximum.accumulate(np.where(valid, np.arange(frames)[:, None, None, None], 0), axis=0)
+    moved = last + relatives - np.take_along_axis(relatives, newest, axis=0)
+    stacked = np.concatenate([np.stack([*parts, moved], axis=-1), means, at_home[..., None]], axis=-1)
     return (stacked - last[..., None]).astype(np.float32)
 
 

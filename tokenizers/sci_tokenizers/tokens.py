@@ -1,4 +1,4 @@
-"""Tokens: one document as a film of frames x slots, one token per (frame, slot), with what each token knows and is asked."""
+"""Tokens: a document as a film of frames x slots, one token per (frame, slot), with what it knows and is asked."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ class Tokens:
         valid: bool (F, S, V, K).
         ids: int32 (F, S) quantized ids for series, else None.
         last: float32 (F, S, V, K), the last valid value at or before the frame; 0 for traces (a waveform's mean).
-        anchor: float32 (F, S, V, K, A), what the head corrects, A = 1 for all leads alike or one per lead: the last value
+        anchor: float32 (F, S, V, K, A), what the head corrects, A = 1 for all leads alike or one per lead: the last
+            value
             (grid); the forecast of an autoregression fitted to the past (series, trace).
-        anchor_spread: float32, same shape: logarithm of the anchor's own errors so far, 0 where nothing is known of them.
+        anchor_spread: float32, same shape: logarithm of the anchor's own errors so far, 0 where nothing is known of
+            them.
         memory: float32 (F, S, V, K, J), what else the head may lean on, as differences from `last` (J = 0 for traces).
         volatility: float32 (F, S, V, len(HORIZONS)), logarithm of recent errors of the autoregression over all of them.
         weight: float32 (S, V, K), area and variable weight of a value, mean 1 over a document.
@@ -75,7 +77,9 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.payload.ndim != 4:
-            raise TokensError(f"document {self.key!r}: payload is (frame, slot, variable, value), got {self.payload.shape}")
+            raise TokensError(
+                f"document {self.key!r}: payload is (frame, slot, variable, value), got {self.payload.shape}"
+            )
         frames, slots, variables, values = self.payload.shape
         expected = {
             "valid": (frames, slots, variables, values),
@@ -99,9 +103,13 @@ class Tokens:
             if getattr(self, name).shape != shape:
                 raise TokensError(f"document {self.key!r}: {name} has shape {shape}, got {getattr(self, name).shape}")
         if not 1 <= self.num_context <= frames:
-            raise TokensError(f"document {self.key!r}: num_context is within 1..{frames} frames, got {self.num_context}")
+            raise TokensError(
+                f"document {self.key!r}: num_context is within 1..{frames} frames, got {self.num_context}"
+            )
         if self.anchor.shape[-1] not in (1, len(self.leads)):
-            raise TokensError(f"document {self.key!r}: 1 or {len(self.leads)} anchors per value, got {self.anchor.shape[-1]}")
+            raise TokensError(
+                f"document {self.key!r}: 1 or {len(self.leads)} anchors per value, got {self.anchor.shape[-1]}"
+            )
         if not self.leads or min(self.leads) < 1 or list(self.leads) != sorted(set(self.leads)):
             raise TokensError(f"document {self.key!r}: leads are ascending and positive, got {self.leads}")
 

@@ -22,7 +22,8 @@ _SPREAD_FLOOR = 1e-4  # of a context's spread: a record that its own past forete
 class TraceTokenizer(Tokenizer):
     """minus the context's median -> divided by the context's MAD (a floor of one count).
 
-    The payload stays linear in the waveform, so that superposition holds and a forecast's spread means the same before and
+    The payload stays linear in the waveform, so that superposition holds and a forecast's spread means the same
+    before and
     after an onset; the embedding compresses what the model sees, and the loss counts errors in spreads of the anchor.
     """
 
@@ -45,7 +46,9 @@ class TraceTokenizer(Tokenizer):
         leads: tuple[int, ...],
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> Tokens:
-        """See `Tokenizer.encode`; payload (F, receivers, components, samples). Statistics are not used: gains differ."""
+        """See `Tokenizer.encode`; payload (F, receivers, components, samples). Statistics are not used: gains
+        differ.
+        """
         frames = self._check(sample, num_context)
         n = self.settings.trace_samples
         values, valid = sample.values[..., 0].astype(np.float64), sample.valid[..., 0]  # t c r
@@ -71,7 +74,9 @@ class TraceTokenizer(Tokenizer):
             valid=mask,
             ids=None,
             last=np.zeros_like(payload),
-            **own,
+            anchor=own["anchor"],
+            anchor_spread=own["anchor_spread"],
+            volatility=own["volatility"],
             memory=np.zeros((*payload.shape, 0), np.float32),
             importance=_importance(payload, mask, own, leads=leads, num_context=num_context),
             weight=np.ones((receivers, components, n), np.float32),
@@ -100,9 +105,11 @@ class TraceTokenizer(Tokenizer):
 def _own_forecast(
     scaled: np.ndarray, valid: np.ndarray, *, n: int, num_context: int, leads: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """What each frame's own past says of the frames it is asked for, in payload units (see `autoregression.own_forecast`).
+    """What each frame's own past says of the frames it is asked for, in payload units (see
+    `autoregression.own_forecast`).
 
-    The first fit is at the context's end; earlier frames are asked nothing and hold 0, as do components never seen there.
+    The first fit is at the context's end; earlier frames are asked nothing and hold 0, as do components never seen
+    there.
     """
     times, components, receivers = scaled.shape
     frames = times // n
@@ -111,9 +118,7 @@ def _own_forecast(
     steps = (np.asarray(leads)[:, None] - 1) * n + 1 + np.arange(n)  # lead n
     live = np.flatnonzero(known[:, : num_context * n].any(axis=1))
     origins = np.arange(num_context, frames + 1) * n - 1
-    own = own_forecast(
-        flat[live], known[live], origins=origins, steps=steps.ravel(), order=_ORDER, refit=_REFIT
-    )
+    own = own_forecast(flat[live], known[live], origins=origins, steps=steps.ravel(), order=_ORDER, refit=_REFIT)
     out = {}
     for name, values, tail in (
         ("anchor", own.mean, steps.shape),
@@ -130,15 +135,19 @@ def _own_forecast(
 def _importance(
     payload: np.ndarray, valid: np.ndarray, own: dict[str, np.ndarray], *, leads: tuple[int, ...], num_context: int
 ) -> float:
-    """1, or less where an onset stands far outside what the past foretells: 1 / root mean square of the first lead's errors.
+    """1, or less where an onset stands far outside what the past foretells: 1 / root mean square of the first lead's
+    errors.
 
-    Errors are counted in spreads of the anchor; an onset is a thousand of them high, and without this one document would
+    Errors are counted in spreads of the anchor; an onset is a thousand of them high, and without this one document
+    would
     outweigh a thousand others.
     """
     first, start = leads[0], num_context - 1
     ahead, seen = payload[start + first :], valid[start + first :]
     count = len(ahead)
-    errors = (ahead - own["anchor"][start : start + count, ..., 0]) / np.exp(own["anchor_spread"][start : start + count, ..., 0])
+    errors = (ahead - own["anchor"][start : start + count, ..., 0]) / np.exp(
+        own["anchor_spread"][start : start + count, ..., 0]
+    )
     mean_square = float((errors**2)[seen].mean()) if seen.any() else 1.0
     return 1.0 / max(1.0, mean_square) ** 0.5
 
