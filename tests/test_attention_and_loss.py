@@ -120,7 +120,7 @@ def test_attention_equals_a_plain_masked_softmax() -> None:
     share = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
     expected = torch.einsum("hij,jhc->ihc", share, v.double())
     expected[document < 0] = 0.0
-    torch.testing.assert_close(attend(q, k, v, inputs.groups).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(q, k, v=v, groups=inputs.groups).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("modality", ["grid", "trace"])
@@ -132,7 +132,8 @@ def test_continuous_loss_is_the_weighted_mean_over_valid_values(modality: str) -
     prediction = GaussianPrediction(
         mean=torch.randn(shape, generator=generator), log_spread=0.3 * torch.randn(shape, generator=generator)
     )
-    crps = crps_gaussian(prediction.mean, prediction.log_spread, payload.values[payload.unit_target])
+    crps = crps_gaussian(prediction.mean, prediction.log_spread, truth=payload.values[payload.unit_target])
+    crps = crps / payload.unit_spread.exp()  # in spreads of the anchor
     expected = []
     for unit, target in enumerate(payload.unit_target.tolist()):
         total = weight = 0.0
@@ -141,10 +142,10 @@ def test_continuous_loss_is_the_weighted_mean_over_valid_values(modality: str) -
                 total += float(payload.weight[(target, *place)]) * float(crps[(unit, *place)])
                 weight += float(payload.weight[(target, *place)])
         expected.append(total / weight if weight else 0.0)
-    found = unit_losses(prediction, payload, SETTINGS)
+    found = unit_losses(prediction, payload, settings=SETTINGS)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
     garbage = replace(payload, values=torch.where(payload.valid, payload.values, 1e6))
-    assert torch.equal(unit_losses(prediction, garbage, SETTINGS), found)
+    assert torch.equal(unit_losses(prediction, garbage, settings=SETTINGS), found)
 
 
 def test_series_loss_skips_missing_answers() -> None:
@@ -155,7 +156,7 @@ def test_series_loss_skips_missing_answers() -> None:
         mean=torch.tensor([[-0.5, 0.5]]).expand(units, 2),
         log_spread=torch.zeros(units, 2),
     )
-    found = unit_losses(prediction, payload, SETTINGS)
+    found = unit_losses(prediction, payload, settings=SETTINGS)
     answered = payload.valid[payload.unit_target, 0, 0]
     assert (found[~answered] == 0).all()
     assert (found[answered] > 0).all()
@@ -167,8 +168,8 @@ def test_a_units_weight_counts_in_the_sum() -> None:
     payload = inputs.payloads["trace"]
     shape = (len(payload.unit_token), *payload.values.shape[1:])
     prediction = GaussianPrediction(mean=torch.zeros(shape), log_spread=torch.zeros(shape))
-    sums = weighted_sums({"trace": prediction}, inputs, SETTINGS)
-    expected = (unit_losses(prediction, payload, SETTINGS) * payload.unit_weight).sum()
+    sums = weighted_sums({"trace": prediction}, inputs, settings=SETTINGS)
+    expected = (unit_losses(prediction, payload, settings=SETTINGS) * payload.unit_weight).sum()
     torch.testing.assert_close(sums["trace"], expected)
     assert valid_weights(inputs)["trace"] == pytest.approx(float(payload.unit_weight.sum()))
 
@@ -180,7 +181,7 @@ def test_gaussian_crps_is_the_integral() -> None:
         steps = torch.special.ndtr((x - mean) / spread) - (x >= truth).double()
         expected = torch.trapezoid(steps**2, x)
         found = crps_gaussian(
-            torch.tensor(mean).double(), torch.tensor(math.log(spread)).double(), torch.tensor(truth).double()
+            torch.tensor(mean).double(), torch.tensor(math.log(spread)).double(), truth=torch.tensor(truth).double()
         )
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

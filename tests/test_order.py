@@ -42,20 +42,20 @@ class Lengths(Corpus):
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation_and_its_inverse_undoes_it(size: int, key: int) -> None:
-    image = [permute(position, size, key) for position in range(size)]
+    image = [permute(position, size, key=key) for position in range(size)]
     assert sorted(image) == list(range(size))
-    assert [permute(value, size, key, inverse=True) for value in image] == list(range(size))
+    assert [permute(value, size, key=key, inverse=True) for value in image] == list(range(size))
 
 
 def test_permute_moves_things_about() -> None:
     """Neighbours part, keys differ, all places are as likely: 2,000 keys put 0 of 10 in each 200 +- 60 times."""
-    image = np.array([permute(position, 1000, 7) for position in range(1000)])
+    image = np.array([permute(position, 1000, key=7) for position in range(1000)])
     assert (np.abs(np.diff(image)) == 1).sum() < 20
-    assert image.tolist() != [permute(position, 1000, 8) for position in range(1000)]
-    counts = np.bincount([permute(0, 10, keyed(0, key)) for key in range(2000)], minlength=10)
+    assert image.tolist() != [permute(position, 1000, key=8) for position in range(1000)]
+    counts = np.bincount([permute(0, 10, key=keyed(0, key)) for key in range(2000)], minlength=10)
     assert np.abs(counts - 200).max() < 60  # 4.5 standard deviations of a binomial
     with pytest.raises(ValueError, match="position 10 is not in a permutation of 10"):
-        permute(10, 10, 0)
+        permute(10, 10, key=0)
 
 
 def test_every_source_has_given_its_share_within_one_sample(table: tuple[np.ndarray, np.ndarray]) -> None:

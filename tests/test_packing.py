@@ -95,7 +95,7 @@ def test_questions_are_asked_from_the_last_context_frame_on() -> None:
                 for lead in (lead for lead in tokens.leads if f + lead < tokens.num_frames):
                     ahead = np.log(tokens.time[f + lead] - tokens.time[f])
                     for s in range(slots):
-                        weight = answered[f + lead, s] / len(tokens.leads)
+                        weight = tokens.importance * answered[f + lead, s] / len(tokens.leads)
                         target = first + (f + lead) * slots + s
                         expected.append((first + f * slots + s, target, lead, weight, ahead))
             first += tokens.num_tokens

@@ -12,7 +12,7 @@ from sci_tokenizers.quantizer import PAD, Quantizer
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.table import TOKENIZERS, make_tokenizer
-from sci_tokenizers.tokenizer import Tokenizer, TokenizerError, TokenizerSettings
+from sci_tokenizers.tokenizer import MEMORIES, Tokenizer, TokenizerError, TokenizerSettings
 from sci_tokenizers.tokens import Tokens
 from sci_tokenizers.variables import forward_transform
 from toy_samples import altered_from, toy_sample, toy_statistics
@@ -20,7 +20,17 @@ from toy_samples import altered_from, toy_sample, toy_statistics
 SETTINGS = TokenizerSettings(grid_patch=4, trace_samples=5)
 FRAMES, CONTEXT = 24, 8
 # what of a token's own frame the model reads (offset and weight serve decoding and loss only)
-PER_FRAME_INPUTS = ("payload", "valid", "ids", "anchor", "anchor_spread", "memory", "frame_features")
+PER_FRAME_INPUTS = (
+    "payload",
+    "valid",
+    "ids",
+    "last",
+    "anchor",
+    "anchor_spread",
+    "memory",
+    "volatility",
+    "frame_features",
+)
 PER_SLOT_INPUTS = ("variable", "row", "column", "slot_features", "log_scale", "scale")
 
 
@@ -116,13 +126,13 @@ def test_a_window_without_a_valid_value(modality: str) -> None:
     tokenizer, sample = made(modality, missing=1.1)
     tokens = encode(tokenizer, sample, toy_statistics(sample))
     assert not tokens.valid.any()
-    for name in ("payload", "anchor", "anchor_spread", "memory", "scale", "offset", "weight"):
+    for name in ("payload", "last", "anchor", "anchor_spread", "memory", "volatility", "scale", "offset", "weight"):
         assert np.isfinite(getattr(tokens, name)).all(), name
     assert (tokens.scale > 0).all()
 
 
 @pytest.mark.parametrize("modality", ["grid", "series"])
-def test_anchor_is_the_last_valid_value(modality: str) -> None:
+def test_last_is_the_last_valid_value(modality: str) -> None:
     """Plain loops: the newest valid payload at or before the frame, 0 before the first."""
     tokenizer, sample = made(modality)
     tokens = encode(tokenizer, sample, None)
@@ -131,7 +141,50 @@ def test_anchor_is_the_last_valid_value(modality: str) -> None:
         for f in range(FRAMES):
             if tokens.valid[(f, *place)]:
                 last = tokens.payload[(f, *place)]
-            assert tokens.anchor[(f, *place, 0)] == last
+            assert tokens.last[(f, *place)] == last
+            if modality == "grid":
+                assert tokens.anchor[(f, *place, 0)] == last
+
+
+def test_memory_is_what_its_names_say() -> None:
+    """Plain loops over one slot: values some frames ago, running means of the past, as differences from the last."""
+    tokenizer, sample = made("series")
+    tokens = encode(tokenizer, sample, None)
+    value, valid, last = (x[:, 0, 0, 0] for x in (tokens.payload, tokens.valid, tokens.last))
+    memory = {name: tokens.memory[:, 0, 0, 0, j] for j, name in enumerate(MEMORIES)}
+    for f in range(3, FRAMES):
+        assert memory["lag_2"][f] == pytest.approx(last[f - 2] - last[f], abs=1e-6)
+        weights = 0.5 ** ((f - np.arange(f + 1)) / 8.0) * valid[: f + 1]
+        mean = (weights * value[: f + 1]).sum() / weights.sum()
+        assert memory["mean_8"][f] == pytest.approx(mean - last[f], abs=1e-5)
+        assert memory["mean_inf"][f] == pytest.approx(value[: f + 1][valid[: f + 1]].mean() - last[f], abs=1e-5)
+
+
+def test_kin_stands_in_for_a_missing_level() -> None:
+    """Two levels of one variable: where one is missing, its last value is moved as the other has moved since."""
+    tokenizer, sample = made("series", missing=0.0)
+    twin = replace(sample, variables=("air_temperature", *sample.variables[1:]), levels=(100000.0, *sample.levels[1:]))
+    variables = ("air_temperature", "air_temperature", *sample.variables[2:])
+    twin = replace(twin, variables=variables, levels=(100000.0, 85000.0, *sample.levels[2:]))
+    valid = twin.valid.copy()
+    valid[12:15, 0] = False
+    tokens = encode(tokenizer, replace(twin, valid=valid), None)
+    since, kin = MEMORIES.index("kin_since"), MEMORIES.index("kin_lag_0")
+    moved = tokens.last[14, 1] - tokens.last[11, 1]
+    assert tokens.memory[14, 0, 0, 0, since] == pytest.approx(moved.item(), abs=1e-6)
+    assert tokens.memory[14, 0, 0, 0, kin] == pytest.approx((tokens.last[14, 1] - tokens.last[14, 0]).item(), abs=1e-6)
+    assert tokens.memory[20, 0, 0, 0, since] == 0
+
+
+def test_no_token_names_its_record() -> None:
+    """A lone receiver's place is its array's, so 0; a station's place is a region: neither is known by heart."""
+    trace = encode(*made("trace"), None)
+    assert np.nan_to_num(trace.slot_features[:, :2]).sum() == pytest.approx(0.0, abs=1e-4)
+    assert np.isnan(trace.frame_features[:, :2]).all()
+    tokenizer, sample = made("series")
+    near = replace(sample, latitude=sample.latitude + 0.01, longitude=sample.longitude - 0.01)
+    one, two = encode(tokenizer, sample, None), encode(tokenizer, near, None)
+    np.testing.assert_array_equal(one.slot_features, two.slot_features)
 
 
 def test_the_size_of_counts_is_not_told() -> None:
@@ -162,7 +215,7 @@ def test_an_autoregressions_weights_repeat_its_own_step() -> None:
     series = np.cumsum(random.standard_normal((2, 80)), axis=1)
     coefficients = burg(series, 4)
     weights = step_coefficients(coefficients, 6)
-    state = newest(series, np.array([79]), 4)[:, 0]
+    state = newest(series, np.array([79]), order=4)[:, 0]
     np.testing.assert_array_equal(state, series[:, :-5:-1])
     for b in range(2):
         past = list(series[b])

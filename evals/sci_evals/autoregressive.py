@@ -94,9 +94,9 @@ class AutoRegression(InContextBaseline):
         level = np.where(known, context, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         anomaly = np.where(known, context - level[:, None], 0.0)
         weights = step_coefficients(burg(anomaly, order), int(steps.max()))
-        state = newest(anomaly, np.array([context.shape[1] - 1]), order)[:, 0]
+        state = newest(anomaly, np.array([context.shape[1] - 1]), order=order)[:, 0]
         ahead = np.einsum("bk,bsk->bs", state, weights)
-        spread = error_spread(anomaly, known, weights)
+        spread = error_spread(anomaly, known, weights=weights)
         return level[:, None] + ahead[:, steps - 1], spread[:, steps - 1]
 
 

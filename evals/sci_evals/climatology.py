@@ -63,7 +63,7 @@ class Climatology:
         place = self.place_index(windows)
         for row in np.unique(place):
             own = place == row
-            design = harmonics(year[own].ravel(), day[own].ravel(), self.num_year, self.num_day)
+            design = harmonics(year[own].ravel(), day[own].ravel(), num_year=self.num_year, num_day=self.num_day)
             flat = design @ self.coefficients[row].reshape(design.shape[1], -1)
             out[own] = flat.reshape(-1, *out.shape[1:])
         return out
@@ -105,7 +105,9 @@ def _fit_cells(train: WindowSet, subset: np.ndarray, *, num_year: int, num_day: 
     rows = subset[rows]
     values = train.work[rows, columns].astype(np.float64)  # (R, V, Y, X)
     valid = train.valid[rows, columns]
-    design = harmonics(train.year_phase[rows, columns], train.day_phase[rows, columns], num_year, num_day)  # (R, K)
+    design = harmonics(
+        train.year_phase[rows, columns], train.day_phase[rows, columns], num_year=num_year, num_day=num_day
+    )  # (R, K)
     own = _solve(design, values.reshape(len(values), -1), valid=valid.reshape(len(valid), -1))  # (K, V Y X)
     if np.isnan(own).any():
         count = valid.sum(axis=(0, 2, 3))

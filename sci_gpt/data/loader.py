@@ -106,7 +106,7 @@ def plan_step(corpus: Corpus, n: int, *, rows: int, row_length: int) -> StepPlan
     while sum(lengths) <= rows * row_length:
         lengths.append(corpus.length(n + len(lengths)))
     for count in range(len(lengths) - 1, 0, -1):
-        placed = pack_rows(lengths[:count], rows, row_length)
+        placed = pack_rows(lengths[:count], rows, row_length=row_length)
         if placed is not None:
             numbers = tuple(tuple(n + document for document in row) for row in placed)
             return StepPlan(first=n, count=count, rows=numbers, row_length=row_length)

@@ -18,7 +18,7 @@ def keyed(seed: int, *words: object) -> int:
     return int.from_bytes(digest, "little")
 
 
-def permute(position: int, size: int, key: int, *, inverse: bool = False) -> int:
+def permute(position: int, size: int, *, key: int, inverse: bool = False) -> int:
     """Element `position` of a keyed permutation of range(size): a Feistel network on the next power of four,
     cycle-walked.
 
@@ -119,15 +119,15 @@ class Order:
         per_period = int((self.table[0] == source).sum()) if period else 0
         count = period * per_period + int(self.table[1][position])
         epoch, place = divmod(count, self.sizes[source])
-        return source, self._window(source, epoch, place), epoch
+        return source, self._window(source, epoch, place=place), epoch
 
-    def _window(self, source: int, epoch: int, place: int) -> int:
+    def _window(self, source: int, epoch: int, *, place: int) -> int:
         size, name = self.sizes[source], self.names[source]
         blocks = -(-size // self.block)
         tail = size - (blocks - 1) * self.block
         key = keyed(self.seed, name, epoch)
         # The last block is shorter: where the permuted order puts it decides which block `place` falls in.
-        visit = permute(blocks - 1, blocks, key, inverse=True)
+        visit = permute(blocks - 1, blocks, key=key, inverse=True)
         if place < visit * self.block:
             slot, inside = divmod(place, self.block)
         elif place < visit * self.block + tail:
@@ -135,6 +135,6 @@ class Order:
         else:
             slot, inside = divmod(place - tail, self.block)
             slot += 1
-        chosen = permute(slot, blocks, key)
+        chosen = permute(slot, blocks, key=key)
         length = tail if chosen == blocks - 1 else self.block
-        return chosen * self.block + permute(inside, length, keyed(self.seed, name, epoch, chosen))
+        return chosen * self.block + permute(inside, length, key=keyed(self.seed, name, epoch, chosen))

@@ -51,7 +51,7 @@ def converted(values: np.ndarray, unit: str, *, variable: str, where: str) -> np
         DataError: the variable is not in the table or the unit does not convert.
     """
     try:
-        return convert(values, unit, variable, where)
+        return convert(values, unit, variable=variable, where=where)
     except (UnknownVariableError, UnitError) as error:
         raise DataError(str(error)) from error
 

@@ -81,7 +81,7 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
             attribute = str(options.get("group_by", "source_id"))
             if attribute not in file.ncattrs():
                 raise DataError(f"{path}: no global attribute {attribute!r}; name another in option group_by")
-            rows = _level_rows(np.asarray(level[:], np.float64), options["levels"], str(path))
+            rows = _level_rows(np.asarray(level[:], np.float64), options["levels"], where=str(path))
             values = converted(
                 np.asarray(variable[:], np.float64)[:, rows],
                 str(variable.units),
@@ -94,7 +94,7 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
                 raise DataError(f"{path}: time has units {unit!r}, expected 'days since ...'")
             return _Column(
                 group=slug(str(file.getncattr(attribute))),
-                means=_box_means(values, weights, str(options["name"])),
+                means=_box_means(values, weights, name=str(options["name"])),
                 days=_known_at(file, axis, averaged="mean" in str(getattr(variable, "cell_methods", ""))),
                 units=unit,
                 calendar=str(getattr(axis, "calendar", "standard")),
@@ -105,7 +105,7 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
         raise DataError(f"{path} cannot be read as a column on levels: {error}") from error
 
 
-def _level_rows(levels: np.ndarray, wanted: Any, where: str) -> list[int]:
+def _level_rows(levels: np.ndarray, wanted: Any, *, where: str) -> list[int]:
     rows = []
     for level in wanted if isinstance(wanted, list | tuple) else [wanted]:
         near = int(np.abs(levels - float(level)).argmin())
@@ -130,7 +130,7 @@ def _band_weights(file: netCDF4.Dataset, latitude: netCDF4.Variable) -> np.ndarr
     return np.asarray(weights / weights.sum())
 
 
-def _box_means(values: np.ndarray, weights: np.ndarray, name: str) -> np.ndarray:
+def _box_means(values: np.ndarray, weights: np.ndarray, *, name: str) -> np.ndarray:
     """(time, level) means of (time, level, lat, lon) over valid cells; NaN where less than half the area is valid."""
     valid = in_range(values, name)
     area = np.broadcast_to(weights[:, None] / values.shape[3], values.shape) * valid

@@ -72,7 +72,7 @@ class NetcdfGrid:
         """The first file's own integers, in the table's unit, where the file is packed."""
         path = locate(settings)[0]
         with open_netcdf(path) as dataset:
-            variable = pick(dataset, str(settings.options["variable"]), str(path))
+            variable = pick(dataset, str(settings.options["variable"]), where=str(path))
             if "scale_factor" not in variable.attrs or variable.dtype.kind != "i":
                 return None
             name, unit = table_name(variable, settings.options), table_unit(variable, settings.options)
@@ -85,11 +85,11 @@ class NetcdfGrid:
 
     def _table_name(self, settings: SourceSettings) -> str:
         with open_netcdf(locate(settings)[0]) as dataset:
-            return table_name(pick(dataset, str(settings.options["variable"]), settings.where), settings.options)
+            return table_name(pick(dataset, str(settings.options["variable"]), where=settings.where), settings.options)
 
     def _film(self, path: Path, settings: SourceSettings) -> tuple[str, GridFilm]:
         with open_netcdf(path) as dataset:
-            variable = pick(dataset, str(settings.options["variable"]), str(path))
+            variable = pick(dataset, str(settings.options["variable"]), where=str(path))
             rule = settings.options.get("group_by")
             if rule is None:
                 group = "grid"
@@ -149,7 +149,7 @@ def open_netcdf(path: Path) -> xr.Dataset:
     return dataset
 
 
-def pick(dataset: xr.Dataset, name: str, where: str) -> xr.DataArray:
+def pick(dataset: xr.Dataset, name: str, *, where: str) -> xr.DataArray:
     """A variable of the file by name.
 
     Raises:

@@ -194,7 +194,7 @@ class DuplicateGuard:
         for block in _blocks(sample, 1):
             other, other_split = self._seen.setdefault(block, (sample.key, split))
             if other_split != split:
-                _refuse(other, other_split, sample.key, split)
+                _refuse(other, other_split, other=sample.key, other_split=split)
 
     def check(self) -> None:
         """Compare training with what is held out, when all stretches are in.
@@ -205,10 +205,11 @@ class DuplicateGuard:
         for key, blocks in self._train:
             for block in blocks:
                 if block in self._seen:
-                    _refuse(key, "train", *self._seen[block])
+                    other, other_split = self._seen[block]
+                    _refuse(key, "train", other=other, other_split=other_split)
 
 
-def _refuse(key: str, split: str, other: str, other_split: str) -> None:
+def _refuse(key: str, split: str, *, other: str, other_split: str) -> None:
     raise DataError(f"{key!r} ({split}) and {other!r} ({other_split}) hold the same values; leave one of the two out")
 
 

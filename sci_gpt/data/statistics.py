@@ -38,11 +38,13 @@ class TrainingStatistics:
 
     def add(self, sample: Sample) -> None:
         """Take one training stretch in."""
-        design = harmonics(sample.year_phase, sample.day_phase, self.num_year, self.num_day)
+        design = harmonics(sample.year_phase, sample.day_phase, num_year=self.num_year, num_day=self.num_day)
         for number, (name, sums) in enumerate(zip(self.variables, self._sums, strict=True)):
             values = forward_transform(sample.values[:, number].astype(np.float64), name)
             sums.add(
-                values.reshape(sample.num_times, -1), sample.valid[:, number].reshape(sample.num_times, -1), design
+                values.reshape(sample.num_times, -1),
+                sample.valid[:, number].reshape(sample.num_times, -1),
+                design=design,
             )
             known = sample.valid[:, number].reshape(sample.num_times, -1).any(axis=1)
             sums.cover(sample, np.flatnonzero(known))
@@ -77,7 +79,7 @@ class _Sums:
         self.year_bins = np.zeros(BINS, bool)
         self.day_bins = np.zeros(BINS, bool)
 
-    def add(self, values: np.ndarray, valid: np.ndarray, design: np.ndarray) -> None:
+    def add(self, values: np.ndarray, valid: np.ndarray, *, design: np.ndarray) -> None:
         """values, valid (time, cell); design (time, coefficient)."""
         if not valid.any():
             return

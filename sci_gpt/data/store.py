@@ -182,7 +182,9 @@ class Store:
             }
             for member, size in sizes.items():
                 offset = int(record[f"{member}_offset"])
-                if offset >= 0 and zlib.crc32(self._pread(shard, offset, size)) != int(record[f"checksum_{member}"]):
+                if offset >= 0 and zlib.crc32(self._pread(shard, offset, size=size)) != int(
+                    record[f"checksum_{member}"]
+                ):
                     raise DataError(
                         f"{shard}: {record['key'].decode()}.{member}.npy does not match its checksum; "
                         "build the store again"
@@ -223,23 +225,23 @@ class Store:
         frames = stop - start
         dtype = DTYPES[int(record["code"])]
         size = int(record["values_bytes_per_time"])
-        raw = self._pread(shard, int(record["values_offset"]) + start * size, frames * size)
+        raw = self._pread(shard, int(record["values_offset"]) + start * size, size=frames * size)
         values = np.frombuffer(raw, dtype).reshape(frames, *shape)
         if int(record["code"]) == 0:
             values = values.copy()
         else:
-            values = unpack(values, float(record["scale"]), float(record["offset"]))
+            values = unpack(values, float(record["scale"]), offset=float(record["offset"]))
         if record["valid_offset"] >= 0:
             size = int(record["valid_bytes_per_time"])
-            raw = self._pread(shard, int(record["valid_offset"]) + start * size, frames * size)
+            raw = self._pread(shard, int(record["valid_offset"]) + start * size, size=frames * size)
             valid = np.frombuffer(raw, np.uint8).reshape(frames, *shape).astype(bool)
             values[~valid] = 0.0
         else:
             valid = np.ones((frames, *shape), bool)
-        raw = self._pread(shard, int(record["time_offset"]) + start * TIME_BYTES, frames * TIME_BYTES)
+        raw = self._pread(shard, int(record["time_offset"]) + start * TIME_BYTES, size=frames * TIME_BYTES)
         clock = np.frombuffer(raw, "<f8").reshape(frames, 3)
         place_bytes = 3 * 4 * shape[1] * shape[2]
-        place = np.frombuffer(self._pread(shard, int(record["place_offset"]), place_bytes), "<f4")
+        place = np.frombuffer(self._pread(shard, int(record["place_offset"]), size=place_bytes), "<f4")
         latitude, longitude, elevation = place.reshape(3, shape[1], shape[2])
         return Sample(
             key=record["key"].decode(),
@@ -258,7 +260,7 @@ class Store:
             elevation=elevation,
         )
 
-    def _pread(self, shard: Path, offset: int, size: int) -> bytes:
+    def _pread(self, shard: Path, offset: int, *, size: int) -> bytes:
         if shard not in self._files:
             self._files[shard] = os.open(shard, os.O_RDONLY)
         raw = os.pread(self._files[shard], size, offset)
@@ -267,7 +269,7 @@ class Store:
         return raw
 
 
-def unpack(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
+def unpack(stored: np.ndarray, scale: float, *, offset: float) -> np.ndarray:
     """Physical float32 values of integers kept in an archive's own packing."""
     return (stored.astype(np.float64) * scale + offset).astype(np.float32)
 

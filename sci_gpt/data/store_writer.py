@@ -93,18 +93,18 @@ class SplitWriter:
         row["step_seconds"] = sample.step_seconds
         row["start_time"], row["end_time"] = sample.time[0], sample.time[-1]
         row["missing_share"] = 1.0 - np.count_nonzero(sample.valid) / sample.valid.size
-        row["values_offset"], row["checksum_values"] = _add_array(tar, f"{sample.key}.values.npy", stored)
+        row["values_offset"], row["checksum_values"] = _add_array(tar, f"{sample.key}.values.npy", array=stored)
         row["valid_offset"] = -1
         if not sample.valid.all():
             row["valid_offset"], row["checksum_valid"] = _add_array(
-                tar, f"{sample.key}.valid.npy", sample.valid.astype(np.uint8)
+                tar, f"{sample.key}.valid.npy", array=sample.valid.astype(np.uint8)
             )
         clock = np.stack([sample.time, sample.year_phase, sample.day_phase], axis=1).astype("<f8")
         if clock[0].nbytes != TIME_BYTES:
             raise DataError(f"sample {sample.key!r}: a time's record is {TIME_BYTES} bytes, got {clock[0].nbytes}")
-        row["time_offset"], row["checksum_time"] = _add_array(tar, f"{sample.key}.time.npy", clock)
+        row["time_offset"], row["checksum_time"] = _add_array(tar, f"{sample.key}.time.npy", array=clock)
         place = np.stack([sample.latitude, sample.longitude, sample.elevation]).astype("<f4")
-        row["place_offset"], _ = _add_array(tar, f"{sample.key}.place.npy", place)
+        row["place_offset"], _ = _add_array(tar, f"{sample.key}.place.npy", array=place)
         meta = {
             "key": sample.key,
             "source": sample.source,
@@ -114,7 +114,7 @@ class SplitWriter:
             "scale": scale,
             "offset": offset,
         }
-        _add_bytes(tar, f"{sample.key}.meta.json", json.dumps(meta).encode())
+        _add_bytes(tar, f"{sample.key}.meta.json", content=json.dumps(meta).encode())
         return row
 
     def _finish_shard(self) -> None:
@@ -149,22 +149,22 @@ def _pack(sample: Sample, packing: Packing | None) -> tuple[np.ndarray, int, flo
         steps[~sample.valid] = 0.0
         if steps.min() >= limits.min and steps.max() <= limits.max:
             stored = steps.astype(dtype)
-            back = unpack(stored, packing.scale, packing.offset)
+            back = unpack(stored, packing.scale, offset=packing.offset)
             if np.array_equal(back[sample.valid], sample.values[sample.valid]):
                 return stored, DTYPES.index(dtype), packing.scale, packing.offset
     return np.ascontiguousarray(sample.values, "<f4"), 0, 1.0, 0.0
 
 
-def _add_array(tar: tarfile.TarFile, name: str, array: np.ndarray) -> tuple[int, int]:
+def _add_array(tar: tarfile.TarFile, name: str, *, array: np.ndarray) -> tuple[int, int]:
     """Offset of the array's first byte in the tar, and the CRC-32 of its data."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     content = buffer.getvalue()
     header = len(content) - array.nbytes
-    return _add_bytes(tar, name, content) + header, zlib.crc32(content[header:])
+    return _add_bytes(tar, name, content=content) + header, zlib.crc32(content[header:])
 
 
-def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+def _add_bytes(tar: tarfile.TarFile, name: str, *, content: bytes) -> int:
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     entry.mode = 0o644

@@ -81,7 +81,7 @@ class PayloadEmbedding(nn.Module):
         width: of the trunk.
     """
 
-    def __init__(self, num_values: int, num_variables: int, width: int) -> None:
+    def __init__(self, num_values: int, num_variables: int, *, width: int) -> None:
         super().__init__()
         self.value_features = ValueFeatures() if num_values == 1 else None
         inputs = ValueFeatures.out_features if num_values == 1 else num_values

@@ -49,7 +49,7 @@ class Head(nn.Module):
         outputs: numbers per variable of a token.
     """
 
-    def __init__(self, width: int, num_variables: int, outputs: int) -> None:
+    def __init__(self, width: int, num_variables: int, *, outputs: int) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
         self.question = QuestionEmbedding(width)
@@ -65,7 +65,7 @@ class Head(nn.Module):
         return self.out(torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1))
 
 
-def _located(payload: PayloadInputs, correction: Tensor, lean: Tensor) -> Tensor:
+def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor) -> Tensor:
     """Anchor + spread x (what the head leans on + correction), (U, V, K).
 
     Differences are counted in the anchor's spreads and compressed beyond one, so that a record which its own past
@@ -84,7 +84,7 @@ def _located(payload: PayloadInputs, correction: Tensor, lean: Tensor) -> Tensor
     return payload.unit_anchor + spread * (leaning + correction)
 
 
-def _spread(payload: PayloadInputs, log_spread: Tensor, recent: Tensor) -> Tensor:
+def _spread(payload: PayloadInputs, log_spread: Tensor, *, recent: Tensor) -> Tensor:
     """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start, moved by recent
     errors.
     """
@@ -98,32 +98,32 @@ class GaussianHead(nn.Module):
     def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int) -> None:
         super().__init__()
         self.sizes = [num_values, num_values, 1 + num_memories, len(HORIZONS)]
-        self.head = Head(width, num_variables, sum(self.sizes))
+        self.head = Head(width, num_variables, outputs=sum(self.sizes))
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
         """(N, width) to (U, V, K) predictions."""
         correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
         return GaussianPrediction(
-            mean=_located(payload, correction, lean), log_spread=_spread(payload, log_spread, recent)
+            mean=_located(payload, correction, lean=lean), log_spread=_spread(payload, log_spread, recent=recent)
         )
 
 
 class MixtureHead(nn.Module):
     """Head of series: M logistics; their starting places are spread a little so that they can part."""
 
-    def __init__(self, width: int, num_variables: int, components: int) -> None:
+    def __init__(self, width: int, num_variables: int, *, components: int) -> None:
         super().__init__()
         self.sizes = [components, components, components, 1 + len(MEMORIES), len(HORIZONS)]
-        self.head = Head(width, num_variables, sum(self.sizes))
+        self.head = Head(width, num_variables, outputs=sum(self.sizes))
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> MixturePrediction:
         """(N, width) to (U, M) predictions (a series token holds one value)."""
         logit, correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
-        spread = _spread(payload, log_spread, recent)[:, 0]
+        spread = _spread(payload, log_spread, recent=recent)[:, 0]
         return MixturePrediction(
             log_weight=torch.log_softmax(logit[:, 0], dim=-1),
-            mean=_located(payload, self.start + correction, lean)[:, 0],
+            mean=_located(payload, self.start + correction, lean=lean)[:, 0],
             log_spread=spread - LOGISTIC,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from sci_gpt.model.transformer import SciGPT
 
 
-def standard_normal(seed: int, name: str, start: int, stop: int) -> Tensor:
+def standard_normal(seed: int, name: str, *, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse
     error function).
     """
@@ -36,12 +36,12 @@ def initialize(model: SciGPT, seed: int) -> None:
         elif name.endswith(".bias") or ".head.out." in name or name.endswith("variable_gain"):
             parameter.zero_()
         else:
-            spread = _spread(name, parameter, model.shape.layers)
-            drawn = standard_normal(seed, name, 0, parameter.numel())
+            spread = _spread(name, parameter, layers=model.shape.layers)
+            drawn = standard_normal(seed, name, start=0, stop=parameter.numel())
             parameter.copy_((drawn * spread).view_as(parameter))
 
 
-def _spread(name: str, parameter: Tensor, layers: int) -> float:
+def _spread(name: str, parameter: Tensor, *, layers: int) -> float:
     if name.endswith(("variable_bias", "head.variable")):
         return 0.5  # which variable it is must be as plain to see as when and where
     spread = parameter.shape[-1] ** -0.5

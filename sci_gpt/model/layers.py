@@ -57,13 +57,13 @@ class Rotary:
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def frame_causal_mask(frames: int, slots: int, device: torch.device) -> Tensor:
+def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tensor:
     """Bool (frames * slots, frames * slots): True where the column's frame is not after the row's."""
     frame = torch.arange(frames, device=device).repeat_interleave(slots)
     return frame[:, None] >= frame[None, :]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
+def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
     """Each document attends by itself, frame-causally; positions outside every document give 0.
 
     Args:
@@ -79,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, groups: tuple[DocumentGroup, ...]) -
         if group.slots == 1:
             mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True)
         else:
-            mask = frame_causal_mask(group.frames, group.slots, q.device)
+            mask = frame_causal_mask(group.frames, group.slots, device=q.device)
             mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, attn_mask=mask)
         parts.append(rearrange(mixed, "d h t c -> (d t) h c"))
         places.append(group.index.reshape(-1))
@@ -111,6 +111,6 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         q, k, v = (rearrange(f(normed), "t (h c) -> t h c", h=self.heads) for f in (self.query, self.key, self.value))
         q, k = rotary.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
-        x = x + self.output(rearrange(attend(q, k, v, groups), "t h c -> t (h c)"))
+        x = x + self.output(rearrange(attend(q, k, v=v, groups=groups), "t h c -> t (h c)"))
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))

@@ -14,7 +14,7 @@ from sci_gpt.model.shapes import ModelShape
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 
-def crps_gaussian(mean: Tensor, log_spread: Tensor, truth: Tensor) -> Tensor:
+def crps_gaussian(mean: Tensor, log_spread: Tensor, *, truth: Tensor) -> Tensor:
     """Closed form CRPS of a normal distribution (Gneiting et al. 2005, eq. 5), elementwise, in the unit of `truth`."""
     spread = log_spread.exp()
     z = (truth - mean) / spread
@@ -43,7 +43,7 @@ def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, wi
     return torch.logsumexp(prediction.log_weight + bins, dim=-1)
 
 
-def unit_losses(prediction: Prediction, payload: PayloadInputs, settings: TokenizerSettings) -> Tensor:
+def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: TokenizerSettings) -> Tensor:
     """Loss of each unit (U,): the weighted mean over its valid values; 0 where nothing is valid.
 
     Series: cross-entropy of the id's bin (nats). Grids and traces: CRPS in spreads of the anchor where that is known
@@ -58,18 +58,19 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, settings: Tokeni
         )
         return torch.where(weight[:, 0, 0] > 0, loss, 0.0)
     assert isinstance(prediction, GaussianPrediction)
-    loss = crps_gaussian(prediction.mean, prediction.log_spread, truth) / payload.unit_spread.exp()
+    loss = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth) / payload.unit_spread.exp()
     total = weight.sum(dim=(1, 2))
     return torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
 
 
 def weighted_sums(
-    predictions: dict[str, Prediction], inputs: ModelInputs, settings: TokenizerSettings
+    predictions: dict[str, Prediction], inputs: ModelInputs, *, settings: TokenizerSettings
 ) -> dict[str, Tensor]:
     """Sum over units of loss x weight, per modality present."""
     return {
         modality: (
-            unit_losses(prediction, inputs.payloads[modality], settings) * inputs.payloads[modality].unit_weight
+            unit_losses(prediction, inputs.payloads[modality], settings=settings)
+            * inputs.payloads[modality].unit_weight
         ).sum()
         for modality, prediction in predictions.items()
     }

@@ -17,9 +17,10 @@ from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.tokens import Tokens
-from sci_tokenizers.variables import VARIABLE_NAMES, VARIABLES
+from sci_tokenizers.variables import VARIABLE_NAMES, VARIABLES, inverse_transform
 
 _BATCH_TOKENS = 8192
+_BEYOND = 1.5
 
 
 class Predictor:
@@ -32,7 +33,7 @@ class Predictor:
     """
 
     def __init__(
-        self, model: SciGPT, settings: TokenizerSettings, statistics: Mapping[str, Mapping[str, ChannelStatistics]]
+        self, model: SciGPT, settings: TokenizerSettings, *, statistics: Mapping[str, Mapping[str, ChannelStatistics]]
     ) -> None:
         self.model, self.settings, self.statistics = model, settings, statistics
         self.tokenizers = {m: make_tokenizer(m, settings) for m in ("grid", "series", "trace")}
@@ -52,7 +53,7 @@ class Predictor:
         Returns:
             Per sample float32 (levels, leads, frame_times, variable, row, column) in the variables' units.
         """
-        documents = [self._document(sample, num_context, leads) for sample in samples]
+        documents = [self._document(sample, num_context, leads=leads) for sample in samples]
         out: list[np.ndarray] = []
         start = 0
         while start < len(documents):
@@ -64,7 +65,7 @@ class Predictor:
             start = stop
         return out
 
-    def _document(self, sample: Sample, num_context: int, leads: tuple[int, ...]) -> Tokens:
+    def _document(self, sample: Sample, num_context: int, *, leads: tuple[int, ...]) -> Tokens:
         tokenizer = self.tokenizers[sample.modality]
         known = num_context * tokenizer.frame_times
         valid, values = sample.valid.copy(), sample.values.copy()
@@ -81,7 +82,7 @@ class Predictor:
         self.model.eval()
         predictions = self.model(inputs)
         wanted = torch.tensor(levels, dtype=torch.float32)
-        arrays = {m: prediction_quantiles(p, wanted, self.settings).numpy() for m, p in predictions.items()}
+        arrays = {m: prediction_quantiles(p, wanted, settings=self.settings).numpy() for m, p in predictions.items()}
         taken = dict.fromkeys(arrays, 0)
         out = []
         for tokens in documents:
@@ -120,9 +121,19 @@ class Predictor:
         )
         tokenizer = self.tokenizers[tokens.modality]
         names = tokens.variable[:, 0] if tokens.modality == "series" else tokens.variable[0]
-        variables = [VARIABLE_NAMES[row] for row in names]
         physical = tokenizer.decode(asked, scaled)  # levels, leads * frame_times, v, y, x
-        for v, variable in enumerate(variables):  # no quantile lies where the variable cannot
-            row = VARIABLES[variable]
-            np.clip(physical[:, :, v], row.minimum, row.maximum, out=physical[:, :, v])
+        for v, row in enumerate(names):
+            low, high = self._range(VARIABLE_NAMES[row], tokens.source)
+            np.clip(physical[:, :, v], low, high, out=physical[:, :, v])
         return physical.reshape(len(scaled), len(at), tokenizer.frame_times, *physical.shape[2:])
+
+    def _range(self, variable: str, source: str) -> tuple[float, float]:
+        """Where quantiles of a variable may lie: its valid range, and for one that is transformed (a tail grows
+        exponentially there) no more than _BEYOND times what the training split of its source ever saw.
+        """
+        row = VARIABLES[variable]
+        seen = [c.maximum for name, c in self.statistics.get(source, {}).items() if name.split("@")[0] == variable]
+        if row.transform == "none" or not seen:
+            return row.minimum, row.maximum
+        largest = float(inverse_transform(np.asarray(max(seen)), variable))
+        return row.minimum, min(row.maximum, _BEYOND * largest)

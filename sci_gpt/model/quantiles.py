@@ -11,7 +11,7 @@ from sci_tokenizers.tokenizer import TokenizerSettings
 _BISECTIONS = 22  # 30 / 2^22: finer than float32 shows at the edge of the range
 
 
-def prediction_quantiles(prediction: Prediction, levels: Tensor, settings: TokenizerSettings) -> Tensor:
+def prediction_quantiles(prediction: Prediction, levels: Tensor, *, settings: TokenizerSettings) -> Tensor:
     """Quantiles (levels, U, V, K) of each unit's values.
 
     A Gaussian's are closed. A mixture's are found by bisection of its distribution function on the range of the bins: a

@@ -16,7 +16,7 @@ _LEVELS = tuple((i + 0.5) / 20 for i in range(20))
 
 
 @torch.no_grad()
-def batch_scores(model: SciGPT, inputs: ModelInputs, settings: TokenizerSettings) -> dict[str, Tensor]:
+def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSettings) -> dict[str, Tensor]:
     """Sums over units, per modality: weight, loss, and CRPS of the model, of persistence and of the offset, float64
     (5,).
 
@@ -33,12 +33,12 @@ def batch_scores(model: SciGPT, inputs: ModelInputs, settings: TokenizerSettings
         truth = payload.values[payload.unit_target]
         valid = payload.valid[payload.unit_target]
         weight = payload.unit_weight.double()
-        loss = unit_losses(prediction, payload, settings).double()
+        loss = unit_losses(prediction, payload, settings=settings).double()
         if isinstance(prediction, GaussianPrediction):
-            crps = crps_gaussian(prediction.mean, prediction.log_spread, truth)
+            crps = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth)
         else:
             levels = torch.tensor(_LEVELS)
-            quantiles = prediction_quantiles(prediction, levels, settings)
+            quantiles = prediction_quantiles(prediction, levels, settings=settings)
             below = (truth < quantiles).float()
             crps = 2 * ((below - levels[:, None, None, None]) * (quantiles - truth)).mean(dim=0)
         scores = [crps, *(_dressed(point, payload) for point in (last_value(payload), torch.zeros_like(truth)))]
@@ -63,7 +63,7 @@ def _dressed(point: Tensor, payload: PayloadInputs) -> Tensor:
     for lead in payload.unit_lead.unique():
         here = payload.unit_lead == lead
         spread[here] = torch.sqrt((error[here] ** 2).sum() / valid[here].sum().clamp(min=1)).clamp(min=1e-6)
-    return crps_gaussian(point, spread.log(), truth)
+    return crps_gaussian(point, spread.log(), truth=truth)
 
 
 def _unit_mean(score: Tensor, valid: Tensor) -> Tensor:

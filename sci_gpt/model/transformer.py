@@ -44,13 +44,13 @@ class SciGPT(nn.Module):
         }
         rows, width = settings.num_variables, shape.width
         self.context = ContextEmbedding(width)
-        self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width) for m, k in values.items()})
+        self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width=width) for m, k in values.items()})
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
         self.heads = nn.ModuleDict(
             {
                 "grid": GaussianHead(width, rows, num_values=values["grid"], num_memories=len(MEMORIES)),
-                "series": MixtureHead(width, rows, settings.mixture_components),
+                "series": MixtureHead(width, rows, components=settings.mixture_components),
                 "trace": GaussianHead(width, rows, num_values=values["trace"], num_memories=0),
             }
         )

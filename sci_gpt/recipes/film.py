@@ -82,7 +82,9 @@ class Column:
             DataError: most values lie outside the variable's range: the unit must be another one.
         """
         row = VARIABLES[self.variable]
-        physical = convert(np.asarray(values, np.float64), self.unit, self.variable, f"column {self.name!r}")
+        physical = convert(
+            np.asarray(values, np.float64), self.unit, variable=self.variable, where=f"column {self.name!r}"
+        )
         finite = np.isfinite(physical)
         inside = finite & (physical >= row.minimum) & (physical <= row.maximum)
         if finite.any() and inside.sum() < finite.sum() / 2:
@@ -95,7 +97,7 @@ class Column:
 
     def write(self, values: np.ndarray) -> np.ndarray:
         """Values in the table's unit back to the unit of the user's object, float64."""
-        zero, one = convert(np.array([0.0, 1.0]), self.unit, self.variable, f"column {self.name!r}")
+        zero, one = convert(np.array([0.0, 1.0]), self.unit, variable=self.variable, where=f"column {self.name!r}")
         return (np.asarray(values, np.float64) - zero) / (one - zero)
 
 

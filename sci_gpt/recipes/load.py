@@ -83,7 +83,7 @@ class LoadedModel:
         """The same shape, tokenizers and statistics at the weights that training started from."""
         model = build_model(self.model.shape, self.model.settings)
         initialize(model, self.config.seed)
-        predictor = Predictor(model.eval(), parts.tokenizer_settings(self.config), self.statistics)
+        predictor = Predictor(model.eval(), parts.tokenizer_settings(self.config), statistics=self.statistics)
         return replace(self, model=model, predictor=predictor, step=0)
 
     def forecast(
@@ -286,7 +286,7 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
     model.eval()
     return LoadedModel(
         model=model,
-        predictor=Predictor(model, settings.tokenizer, statistics),
+        predictor=Predictor(model, settings.tokenizer, statistics=statistics),
         config=config,
         statistics=statistics,
         sources={

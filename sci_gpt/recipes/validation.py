@@ -43,7 +43,7 @@ class Validation:
             # Every rank runs every batch only where ZeRO 3 makes a forward pass a collective.
             mine = number % self.world.size == self.world.rank
             if mine or self.config.parallel.zero_stage == 3:
-                scores = batch_scores(model, to_inputs(batch, self.world.device), self.settings)  # type: ignore[arg-type]
+                scores = batch_scores(model, to_inputs(batch, self.world.device), settings=self.settings)  # type: ignore[arg-type]
                 for modality, score in scores.items():
                     if mine:
                         sums[modality] = sums.get(modality, torch.zeros_like(score)) + score

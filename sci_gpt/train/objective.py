@@ -32,7 +32,7 @@ class NextFrame:
 
     def sums(self, predictions: dict[str, Prediction], inputs: ModelInputs) -> dict[str, Tensor]:
         """Sum of loss x weight per modality, fp32 scalars (the distribution is evaluated in fp32 under bf16 too)."""
-        return weighted_sums({name: _in_fp32(one) for name, one in predictions.items()}, inputs, self.settings)
+        return weighted_sums({name: _in_fp32(one) for name, one in predictions.items()}, inputs, settings=self.settings)
 
 
 def _in_fp32(prediction: Any) -> Any:

@@ -47,17 +47,17 @@ def own_forecast(
         past = int(origins[first]) + 1
         chosen = max(1, min(order, past // 4))
         weights = step_coefficients(burg(series[:, :past], chosen), longest)
-        states = newest(series, origins[asking], chosen)
+        states = newest(series, origins[asking], order=chosen)
         mean[:, asking] = (states @ weights.transpose(0, 2, 1))[:, :, steps - 1]
-        spread[:, asking] = error_spread(series[:, :past], known[:, :past], weights)[:, None, steps - 1]
-        volatility[:, asking] = _volatility(series, known, weights[:, 0], origins[asking])
+        spread[:, asking] = error_spread(series[:, :past], known[:, :past], weights=weights)[:, None, steps - 1]
+        volatility[:, asking] = _volatility(series, known, weights=weights[:, 0], origins=origins[asking])
     return OwnForecast(mean=mean, spread=spread, volatility=volatility)
 
 
-def _volatility(series: np.ndarray, known: np.ndarray, weights: np.ndarray, origins: np.ndarray) -> np.ndarray:
+def _volatility(series: np.ndarray, known: np.ndarray, *, weights: np.ndarray, origins: np.ndarray) -> np.ndarray:
     """Logarithm of the root mean square one-step error over the last HORIZONS samples, over that of the whole past."""
     order, end = weights.shape[1], int(origins[-1]) + 1
-    before = newest(series[:, :end], np.arange(end) - 1, order) if end else series[:, :0, None]
+    before = newest(series[:, :end], np.arange(end) - 1, order=order) if end else series[:, :0, None]
     squares = np.where(known[:, :end], (series[:, :end] - (before @ weights[:, :, None])[..., 0]) ** 2, 0.0)
     total = np.concatenate([np.zeros((len(series), 1)), squares.cumsum(axis=1)], axis=1)
     count = np.concatenate([np.zeros((len(series), 1)), known[:, :end].cumsum(axis=1)], axis=1)
@@ -108,13 +108,13 @@ def step_coefficients(coefficients: np.ndarray, steps: int) -> np.ndarray:
     return out
 
 
-def newest(series: np.ndarray, ends: np.ndarray, order: int) -> np.ndarray:
+def newest(series: np.ndarray, ends: np.ndarray, *, order: int) -> np.ndarray:
     """The `order` samples up to and with each of `ends`, newest first, 0 before the start: (B, len(ends), order)."""
     padded = np.concatenate([np.zeros((len(series), order)), series], axis=1)  # sample t is at t + order
     return padded[:, ends[:, None] + order - np.arange(order)]
 
 
-def error_spread(series: np.ndarray, known: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def error_spread(series: np.ndarray, known: np.ndarray, *, weights: np.ndarray) -> np.ndarray:
     """Root mean square of the errors 1 .. steps ahead inside the series itself, float64 (B, steps).
 
     The variance is raised by (n + p) / (n - p), since the coefficients were fitted to the same samples (Akaike 1969).
@@ -122,7 +122,7 @@ def error_spread(series: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
     steps, order = weights.shape[1:]
     length = series.shape[1]
     origins = np.arange(order - 1, length - 1)
-    ahead = newest(series, origins, order) @ weights.transpose(0, 2, 1)  # b origin steps
+    ahead = newest(series, origins, order=order) @ weights.transpose(0, 2, 1)  # b origin steps
     target = np.minimum(origins[:, None] + 1 + np.arange(steps), length - 1)  # origin step: the target's place
     seen = known[:, target] & (origins[:, None] + 1 + np.arange(steps) < length)
     squares = np.where(seen, (series[:, target] - ahead) ** 2, 0.0)

@@ -53,7 +53,7 @@ class GridTokenizer(Tokenizer):
             ],
             axis=1,
         )
-        offset, scale = _normalisation(sample, transformed, num_context, statistics)
+        offset, scale = _normalisation(sample, transformed, num_context=num_context, statistics=statistics)
         scaled = np.where(sample.valid, (transformed - offset) / scale[None, :, None, None], 0.0).astype(np.float32)
         payload, valid = self._patches(scaled), self._patches(sample.valid)
         frames, slots = payload.shape[:2]
@@ -147,7 +147,7 @@ class GridTokenizer(Tokenizer):
 
 
 def _normalisation(
-    sample: Sample, transformed: np.ndarray, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
+    sample: Sample, transformed: np.ndarray, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Offset (V, Y, X) and scale (V,) from the first `num_context` frames and the training statistics."""
     context, valid = transformed[:num_context], sample.valid[:num_context]

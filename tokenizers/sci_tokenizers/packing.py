@@ -20,7 +20,7 @@ class PackingError(ValueError):
     """Documents that do not fit; the message names the document, its tokens and the row length."""
 
 
-def pack_rows(lengths: Sequence[int], rows: int, row_length: int) -> list[list[int]] | None:
+def pack_rows(lengths: Sequence[int], rows: int, *, row_length: int) -> list[list[int]] | None:
     """Best-fit-decreasing placement; equal lengths keep their order, so that modalities mix as the sample order does.
 
     Args:
@@ -201,13 +201,13 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
     for start, tokens in parts:
         frames = tokens.num_context if context_only else tokens.num_frames
         count = frames * tokens.num_slots
-        flat = _flatten(tokens, frames, width)
+        flat = _flatten(tokens, frames, width=width)
         units = _units(tokens, context_only=context_only)
         origin, target, lead, slot, valid = units
         which = np.searchsorted(tokens.leads, lead) if tokens.anchor.shape[-1] > 1 else np.zeros(len(lead), np.int64)
         flat |= {
-            "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, 0.0),
-            "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, 0.0),
+            "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, fill=0.0),
+            "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, fill=0.0),
             "index": start + np.arange(count),
             "unit_token": first + origin * tokens.num_slots + slot,
             "unit_target": first + target * tokens.num_slots + slot
@@ -230,7 +230,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
     return Payload(**{name: np.concatenate(arrays) for name, arrays in fields.items()})
 
 
-def _wide(array: np.ndarray, width: int, fill: float | bool | int) -> np.ndarray:
+def _wide(array: np.ndarray, width: int, *, fill: float | bool | int) -> np.ndarray:
     """Pad axis 1 (variables) to `width`."""
     if array.shape[1] == width:
         return array
@@ -238,7 +238,7 @@ def _wide(array: np.ndarray, width: int, fill: float | bool | int) -> np.ndarray
     return np.concatenate([array, np.full(shape, fill, array.dtype)], axis=1)
 
 
-def _flatten(tokens: Tokens, frames: int, width: int) -> dict[str, np.ndarray]:
+def _flatten(tokens: Tokens, frames: int, *, width: int) -> dict[str, np.ndarray]:
     """Per-token arrays of one document, its variable axis padded to `width`."""
     count = frames * tokens.num_slots
 
@@ -249,15 +249,15 @@ def _flatten(tokens: Tokens, frames: int, width: int) -> dict[str, np.ndarray]:
         return np.tile(array, (frames, *([1] * (array.ndim - 1))))
 
     return {
-        "values": _wide(per_token(tokens.payload), width, 0.0),
-        "valid": _wide(per_token(tokens.valid), width, False),
-        "last": _wide(per_token(tokens.last), width, 0.0),
-        "volatility": _wide(per_token(tokens.volatility), width, 0.0),
-        "memory": _wide(per_token(tokens.memory), width, 0.0),
-        "weight": _wide(per_slot(tokens.weight), width, 0.0),
+        "values": _wide(per_token(tokens.payload), width, fill=0.0),
+        "valid": _wide(per_token(tokens.valid), width, fill=False),
+        "last": _wide(per_token(tokens.last), width, fill=0.0),
+        "volatility": _wide(per_token(tokens.volatility), width, fill=0.0),
+        "memory": _wide(per_token(tokens.memory), width, fill=0.0),
+        "weight": _wide(per_slot(tokens.weight), width, fill=0.0),
         "ids": (tokens.ids[:frames].reshape(count) if tokens.ids is not None else np.zeros(count)).astype(np.int64),
-        "variable": _wide(per_slot(tokens.variable).astype(np.int64), width, -1),
-        "log_scale": _wide(per_slot(tokens.log_scale), width, np.nan),
+        "variable": _wide(per_slot(tokens.variable).astype(np.int64), width, fill=-1),
+        "log_scale": _wide(per_slot(tokens.log_scale), width, fill=np.nan),
     }
 
 

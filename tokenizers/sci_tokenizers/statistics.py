@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 
-def harmonics(year_phase: np.ndarray, day_phase: np.ndarray, num_year: int, num_day: int) -> np.ndarray:
+def harmonics(year_phase: np.ndarray, day_phase: np.ndarray, *, num_year: int, num_day: int) -> np.ndarray:
     """Design matrix of a climatology: 1, cos and sin of the first harmonics of the year, then of the day.
 
     Args:
@@ -52,7 +52,9 @@ class ChannelStatistics:
 
     def climatology_at(self, year_phase: np.ndarray, day_phase: np.ndarray) -> np.ndarray:
         """The climatology at these phases, float64 (time,), in the variable's transformed unit."""
-        return harmonics(year_phase, day_phase, self.num_year, self.num_day) @ np.asarray(self.climatology)
+        return harmonics(year_phase, day_phase, num_year=self.num_year, num_day=self.num_day) @ np.asarray(
+            self.climatology
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers for `statistics.json`."""

@@ -66,6 +66,7 @@ class TraceTokenizer(Tokenizer):
         receivers, components = payload.shape[1:3]
         own = _own_forecast((values - offset) / scale, valid, n=n, num_context=num_context, leads=leads)
         features, time = frame_features(sample, n)
+        features[:, :2] = np.nan  # the season and hour of an event say nothing of its waves, but would name the record
         return Tokens(
             key=sample.key,
             source=sample.source,
@@ -78,7 +79,7 @@ class TraceTokenizer(Tokenizer):
             anchor_spread=own["anchor_spread"],
             volatility=own["volatility"],
             memory=np.zeros((*payload.shape, 0), np.float32),
-            importance=_importance(payload, mask, own, leads=leads, num_context=num_context),
+            importance=_importance(payload, mask, own=own, leads=leads, num_context=num_context),
             weight=np.ones((receivers, components, n), np.float32),
             variable=np.tile(variable_rows(sample), (receivers, 1)),
             row=np.zeros(receivers, np.int16),
@@ -133,7 +134,7 @@ def _own_forecast(
 
 
 def _importance(
-    payload: np.ndarray, valid: np.ndarray, own: dict[str, np.ndarray], *, leads: tuple[int, ...], num_context: int
+    payload: np.ndarray, valid: np.ndarray, *, own: dict[str, np.ndarray], leads: tuple[int, ...], num_context: int
 ) -> float:
     """1, or less where an onset stands far outside what the past foretells: 1 / root mean square of the first lead's
     errors.
@@ -153,7 +154,13 @@ def _importance(
 
 
 def _slot_features(sample: Sample) -> np.ndarray:
-    """(S, 5): each receiver's place."""
+    """(S, 5): each receiver's place within its array: latitude, longitude and elevation less the array's mean.
+
+    Absolute places would name the record: with few stations a model learns them by heart and fails at the next one.
+    """
     out = np.full((sample.values.shape[2], len(SLOT_FEATURES)), np.nan, np.float32)
-    out[:, 0], out[:, 1], out[:, 2] = sample.latitude[:, 0], sample.longitude[:, 0], sample.elevation[:, 0]
+    for column, place in enumerate((sample.latitude[:, 0], sample.longitude[:, 0], sample.elevation[:, 0])):
+        known = np.isfinite(place)
+        if known.any():
+            out[:, column] = place - place[known].mean()
     return out

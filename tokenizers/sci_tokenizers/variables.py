@@ -152,7 +152,7 @@ _UNITS: dict[str, tuple[str, float, float]] = {
 }
 
 
-def convert(values: np.ndarray, unit: str, variable: str, where: str) -> np.ndarray:
+def convert(values: np.ndarray, unit: str, *, variable: str, where: str) -> np.ndarray:
     """Convert from `unit` to the variable's own unit; float64 in, float64 out.
 
     Raises:
