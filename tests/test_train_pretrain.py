@@ -245,7 +245,9 @@ def test_a_complete_run_is_left_as_it_is(runs: Runs) -> None:
 
 def test_the_start_says_what_is_trained_and_lines_how_it_goes(runs: Runs) -> None:
     output = runs.output["straight"]
-    assert "4 rows x 768 tokens per step" in output and "% of rows hold two or more modalities" in output
+    config = runs.config("straight")
+    rows = f"{config.rows_per_step} rows x {config.row_length} tokens per step"
+    assert rows in output and "% of rows hold two or more modalities" in output
     last = next(line for line in output.splitlines() if line.startswith(f"step {STEPS}/{STEPS} |"))
     for word in ("tokens/s", "ETA", "loss", "skill grid", "waits for data"):
         assert word in last

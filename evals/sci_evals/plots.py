@@ -26,7 +26,7 @@ _MODEL_COLOURS = {TRAINED: BLUE, UNTRAINED: "#E69F00", SHUFFLED: "#CC79A7"}
 _LOSS_UNITS = {
     "series": "cross-entropy (nat per token)",
     "grid": "CRPS (of the scaled value)",
-    "trace": "CRPS (of the scaled value)",
+    "trace": "CRPS (in spreads of the anchor)",
 }
 _SHORT = {
     "mole_fraction_of_carbon_dioxide_in_air": "CO$_2$ mole fraction",
