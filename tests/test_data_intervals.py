@@ -9,7 +9,7 @@ from sci_gpt.data.source_grid import interval_ends
 
 
 def test_a_monthly_mean_is_known_when_its_month_ends() -> None:
-    """January to April 2001: stamps in the middle, bounds at the months' ends (31, 59, 90 and 120 days after New Year)."""
+    """January to April 2001: stamps in the middle, the months end 31, 59, 90 and 120 days after New Year."""
     ends = np.array([31.0, 59.0, 90.0, 120.0])
     starts = np.array([0.0, 31.0, 59.0, 90.0])
     stamps = (starts + ends) / 2
