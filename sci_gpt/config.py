@@ -269,6 +269,20 @@ class PretrainConfig(Node):
         _refuse_twice("mixture source", [entry.source for entry in self.mixture])
         return self
 
+    @model_validator(mode="after")
+    def _keys_that_exist(self) -> Self:
+        sources = [entry.source for entry in self.mixture]
+        for name in self.evaluate.windows_by_source:
+            if name not in sources:
+                close = get_close_matches(name, sources, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"evaluate.windows_by_source: unknown source {name!r}; nearest in the mixture: {close!r}"
+                )
+        missing = [modality for modality in ("grid", "series", "trace") if modality not in self.loss_factor]
+        if missing:
+            raise ValueError(f"loss_factor: missing {missing}; every modality has a factor, also one that is absent")
+        return self
+
 
 Config = TypeVar("Config", bound=Node)
 

@@ -15,3 +15,7 @@ class DataError(SciGptError):
 
 class CheckpointError(SciGptError):
     """A checkpoint is missing, torn or belongs to other data or another model."""
+
+
+class UnlikeTrainingWarning(UserWarning):
+    """A forecast is given, but the input is unlike everything that the model was trained on; the message says how."""

@@ -216,3 +216,11 @@ def test_a_small_tree_survives_show(tmp_path: Path) -> None:
     assert load_config(shown, PretrainConfig) == config
     assert "learning_rate: 0.001" in show_config(config)
     assert "clip: 1.0" in show_config(config), "a default must be shown too"
+
+
+def test_a_source_that_is_not_in_the_mixture_and_a_missing_factor_are_refused() -> None:
+    path = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "quickstart.yaml"
+    with pytest.raises(ConfigError, match="'cmip6_dayly'; nearest in the mixture: 'cmip6_daily_ta'"):
+        load_config(path, PretrainConfig, overrides=("evaluate.windows_by_source.cmip6_dayly=3",))
+    with pytest.raises(ConfigError, match=r"loss_factor: missing \['series', 'trace'\]"):
+        load_config(path, PretrainConfig, overrides=("loss_factor={grid: 1.0}",))

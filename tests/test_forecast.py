@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.errors import ConfigError, DataError, UnlikeTrainingWarning
 from sci_gpt.recipes.film import Notes
 from sci_gpt.recipes.film_series import SeriesFilm
 from sci_gpt.recipes.load import LoadedModel, load_model
@@ -259,3 +259,9 @@ def test_the_untrained_model_is_the_start_of_the_same_run(model: LoadedModel, tm
     again = model.untrained()
     for name, parameter in again.model.named_parameters():
         np.testing.assert_array_equal(parameter.detach(), dict(untrained.model.named_parameters())[name].detach())
+
+
+def test_a_step_unlike_all_training_is_said(model: LoadedModel) -> None:
+    """Monthly values for a model of hourly ones: a forecast, and a warning that names both steps."""
+    with pytest.warns(UnlikeTrainingWarning, match="station 3600 s"):
+        model.forecast(table(40, freq="MS", start="2020-01-01"), 1)

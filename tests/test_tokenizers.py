@@ -160,6 +160,23 @@ def test_memory_is_what_its_names_say() -> None:
         assert memory["mean_inf"][f] == pytest.approx(value[: f + 1][valid[: f + 1]].mean() - last[f], abs=1e-5)
 
 
+def test_home_is_the_climatology_or_the_contexts_median() -> None:
+    """Known source: home is the climatology, -level / scale in payload units; unseen source: the context's median,
+    0.
+    """
+    tokenizer, sample = made("series", missing=0.0)
+    j = MEMORIES.index("home")
+    unseen = encode(tokenizer, sample, None)
+    np.testing.assert_allclose(unseen.memory[:, :, 0, 0, j] + unseen.last[:, :, 0, 0], 0.0, atol=1e-5)
+    statistics = toy_statistics(sample)
+    known = encode(tokenizer, sample, statistics)
+    home = (known.memory[..., j] + known.last)[:, 0, 0, 0]
+    row = statistics[sample.channels[0]]
+    climatology = row.climatology_at(sample.year_phase, sample.day_phase)
+    level = known.offset[:, 0, 0, 0] - climatology
+    np.testing.assert_allclose(home, -level / known.scale[0, 0], rtol=1e-3, atol=1e-3)
+
+
 def test_kin_stands_in_for_a_missing_level() -> None:
     """Two levels of one variable: where one is missing, its last value is moved as the other has moved since."""
     tokenizer, sample = made("series", missing=0.0)

@@ -34,8 +34,8 @@ def test_series_is_the_airport_held_out(tmp_path: Path, root: Path) -> None:
 def test_grid_is_the_scenario_left_out(tmp_path: Path, root: Path) -> None:
     unseen.make_grid(tmp_path / "grid.nc")
     with xr.open_dataset(tmp_path / "grid.nc", decode_times=xr.coders.CFDatetimeCoder(use_cftime=True)) as data:
-        assert data["air_temperature"].sizes == {"time": 240, "latitude": 37, "longitude": 49}
-        assert data["time"].values[-1].year == 2099
+        assert data["air_temperature"].sizes == {"time": 50, "latitude": 37, "longitude": 49}
+        assert (data["time"].values[0].year, data["time"].values[-1].year) == (2050, 2099)
     config = yaml.safe_load((root / "configs/data/quickstart.yaml").read_text(encoding="utf-8"))
     assert not [name for source in config["sources"] for name in source["files"] if "E1" in name]
 

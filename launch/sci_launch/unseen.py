@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import obspy
 import pandas as pd
+import xarray as xr
 
 from sci_gpt.config import PretrainConfig, load_config
 from sci_gpt.errors import DataError, SciGptError
@@ -43,8 +43,13 @@ def file_of(package: str, name: str) -> Path:
 
 
 def make_grid(path: Path) -> None:
-    """Annual air temperature over North America under scenario E1, to 2099; the build reads the other scenario."""
-    shutil.copyfile(file_of("iris_sample_data", "sample_data/E1_north_america.nc"), path)
+    """Annual air temperature over North America under scenario E1 from 2050 on: the build reads scenario A1B, which
+    shares
+    the years before 2000 and trains on no year after 2010.
+    """
+    with xr.open_dataset(file_of("iris_sample_data", "sample_data/E1_north_america.nc")) as whole:
+        later = whole.isel(time=[date.year >= 2050 for date in whole["time"].values])
+        later.to_netcdf(path)
 
 
 def make_series(path: Path) -> None:

@@ -85,11 +85,14 @@ def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor) -> Ten
 
 
 def _spread(payload: PayloadInputs, log_spread: Tensor, *, recent: Tensor) -> Tensor:
-    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start, moved by recent
-    errors.
+    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start.
+
+    Recent errors may move it, and it may be drawn towards the scale of the document: a spread seen in a short past
+        is noisy.
     """
-    moved = torch.einsum("uvh,uvh->uv", payload.volatility[payload.unit_token], recent)[..., None]
-    return payload.unit_spread + (CAUTION + moved + log_spread).clamp(-6.0, 6.0)
+    moved = torch.einsum("uvh,uvh->uv", payload.volatility[payload.unit_token], recent[..., 1:])[..., None]
+    drawn = payload.unit_spread.clamp(-2.0, 2.0) * recent[..., :1]
+    return payload.unit_spread + (CAUTION + drawn + moved + log_spread).clamp(-6.0, 6.0)
 
 
 class GaussianHead(nn.Module):
@@ -97,7 +100,7 @@ class GaussianHead(nn.Module):
 
     def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int) -> None:
         super().__init__()
-        self.sizes = [num_values, num_values, 1 + num_memories, len(HORIZONS)]
+        self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
@@ -113,7 +116,7 @@ class MixtureHead(nn.Module):
 
     def __init__(self, width: int, num_variables: int, *, components: int) -> None:
         super().__init__()
-        self.sizes = [components, components, components, 1 + len(MEMORIES), len(HORIZONS)]
+        self.sizes = [components, components, components, 1 + len(MEMORIES), 1 + len(HORIZONS)]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)

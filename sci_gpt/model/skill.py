@@ -1,4 +1,4 @@
-"""Pointwise skill from what a batch holds: the model's CRPS against dressed persistence and the offset."""
+"""Pointwise skill from what a batch holds: the model's CRPS against its anchor, persistence and the offset."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _LEVELS = tuple((i + 0.5) / 20 for i in range(20))
 
 @torch.no_grad()
 def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSettings) -> dict[str, Tensor]:
-    """Sums over units, per modality: weight, loss, and CRPS of the model, of persistence and of the offset, float64
-    (5,).
+    """Sums over units, per modality: weight, loss, CRPS of the model, and of three simple forecasts, float64 (6,).
 
-    In scaled units. Both baselines are dressed with the spread of their own errors in this batch, per lead, which
-    flatters
-    them a little: the line in the log is a sign of life, the evaluation's skill is the one to quote.
+    The last value, the head's own anchor (for series and traces an autoregression of the record's past), and the
+    offset.
+    In scaled units. Each is dressed with the spread of its errors in this batch, per lead, which flatters it a
+    little: the
+    line in the log is a sign of life, the evaluation's skill is the one to quote.
     """
     model.eval()
     predictions = model(inputs)
@@ -41,7 +42,8 @@ def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSetti
             quantiles = prediction_quantiles(prediction, levels, settings=settings)
             below = (truth < quantiles).float()
             crps = 2 * ((below - levels[:, None, None, None]) * (quantiles - truth)).mean(dim=0)
-        scores = [crps, *(_dressed(point, payload) for point in (last_value(payload), torch.zeros_like(truth)))]
+        points = (last_value(payload), payload.unit_anchor, torch.zeros_like(truth))
+        scores = [crps, *(_dressed(point, payload) for point in points)]
         sums = [(_unit_mean(score, valid) * weight).sum() for score in scores]
         out[modality] = torch.stack([weight.sum(), (loss * weight).sum(), *sums])
     return out
@@ -74,8 +76,8 @@ def _unit_mean(score: Tensor, valid: Tensor) -> Tensor:
 def skill_lines(sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """{modality: {"loss", "crps", "skill"}} from summed `batch_scores`; skill = 1 - CRPS / best baseline's CRPS."""
     lines = {}
-    for modality, (weight, loss, crps, persistence, offset) in ((m, s.tolist()) for m, s in sums.items()):
+    for modality, (weight, loss, crps, *simple) in ((m, s.tolist()) for m, s in sums.items()):
         total = max(weight, 1e-12)
-        best = min(persistence, offset)
+        best = min(simple)
         lines[modality] = {"loss": loss / total, "crps": crps / total, "skill": 1.0 - crps / best if best > 0 else 0.0}
     return lines

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import xarray as xr
 from obspy.io.mseed import ObsPyMSEEDError
 
-from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.errors import ConfigError, DataError, UnlikeTrainingWarning
 from sci_gpt.recipes.film import Notes
 from sci_gpt.recipes.load import LoadedModel, check_levels, load_model
 
@@ -94,7 +95,9 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         raise ConfigError(f"no folder {str(out.parent)!r} for the forecast; make it first")
     payload = _bytes(path)
     model = load_model(model_uri)
-    answer = forecast_payload(model, kind, payload=payload, horizon=horizon, options=options, where=str(path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnlikeTrainingWarning)
+        answer = forecast_payload(model, kind, payload=payload, horizon=horizon, options=options, where=str(path))
     _write_whole(out, answer)
     return {
         "input": str(path),
@@ -105,6 +108,7 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         "model": model_uri,
         "model_step": model.step,
         "model_fingerprint": model.fingerprint,
+        "notes": sorted({str(one.message) for one in caught if one.category is UnlikeTrainingWarning}),
     }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig, parse_config
-from sci_gpt.errors import CheckpointError, ConfigError, DataError
+from sci_gpt.errors import CheckpointError, ConfigError, DataError, UnlikeTrainingWarning
 from sci_gpt.model.init import initialize
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
@@ -43,6 +44,9 @@ for _name, _value in (
 EXPORT_FORMAT = 1
 MODEL_JSON = "model.json"
 WEIGHTS = "model.safetensors"
+
+
+_STEP_RATIO = 8.0  # largest ratio between the step of an unseen series and that of the source it is treated like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,16 @@ class LoadedModel:
             known = {channel.partition("@")[0] for channel in self.statistics[name]}
             return round(abs(ratio), 3), -len(known.intersection(sample.variables)), -max(entries[name].leads)
 
-        return entries[min(same, key=distance)]
+        nearest = min(same, key=distance)
+        if distance(nearest)[0] > math.log(_STEP_RATIO):
+            steps = ", ".join(f"{name} {self.sources[name].step_seconds:g} s" for name in same)
+            warnings.warn(
+                f"{sample.key!r} has a step of {sample.step_seconds:g} s, and this model was trained on {steps}: none "
+                f"within a factor of {_STEP_RATIO:g}; it is treated like {nearest!r}, so trust the forecast little",
+                UnlikeTrainingWarning,
+                stacklevel=2,
+            )
+        return entries[nearest]
 
     def _reader_options(self, modality: str, source: str | None) -> Mapping[str, Any]:
         """Options of the reader of `source`, else of the first source of this modality in the mixture."""

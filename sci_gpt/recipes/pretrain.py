@@ -58,7 +58,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
 
     world = World.start(threads=config.parallel.threads_per_process)
     initialize(model, config.seed)
-    validation = Validation(config, store, world=world)
+    validation = Validation(config, store, world=world)  # says which sources it has nothing of
     engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))

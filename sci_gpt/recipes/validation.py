@@ -16,7 +16,7 @@ from sci_gpt.recipes.parts import tokenizer_settings, window_specs
 from sci_tokenizers.packing import Batch, collate
 from sci_tokenizers.table import make_tokenizer
 
-_NUMBERS = 5  # of batch_scores
+_NUMBERS = 6  # of batch_scores
 
 
 class Validation:
@@ -33,6 +33,8 @@ class Validation:
         self.settings = tokenizer_settings(config)
         specs = window_specs(config)
         self.absent = tuple(spec.source for spec in specs if not len(store.stretches(spec.source, "valid")))
+        if self.absent and world.rank == 0:  # so that nobody reads their modality's skill as theirs
+            print(f"no validation windows: {', '.join(self.absent)} (empty by the data configuration)", flush=True)
         present = [spec for spec in specs if spec.source not in self.absent]
         self.batches = [self._batch(spec) for spec in present]
 

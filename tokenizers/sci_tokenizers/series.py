@@ -66,13 +66,13 @@ class SeriesTokenizer(Tokenizer):
         values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
         slots = values.shape[1]
         offset, floor = np.zeros((frames, slots)), np.full(slots, 1e-9)
-        centred = np.zeros((frames, slots))
+        centred, known = np.zeros((frames, slots)), np.zeros(slots, bool)
         for s, (name, channel) in enumerate(zip(sample.variables, sample.channels, strict=True)):
             transformed = forward_transform(values[:, s].astype(np.float64), name)
             row = statistics.get(channel) if statistics else None
             if row is not None:
                 offset[:, s] = row.climatology_at(sample.year_phase, sample.day_phase)
-                floor[s] = row.step_std
+                floor[s], known[s] = row.step_std, True
             centred[:, s] = transformed - offset[:, s]
         seen = np.where(valid[:num_context], centred[:num_context], np.nan)
         seen[:, ~valid[:num_context].any(axis=0)] = 0.0
@@ -85,6 +85,8 @@ class SeriesTokenizer(Tokenizer):
         payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
         own = _own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads)
+        # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home.
+        home = np.where(known, -level / scale, 0.0)
         features, time = frame_features(sample, 1)
         return Tokens(
             key=sample.key,
@@ -97,9 +99,7 @@ class SeriesTokenizer(Tokenizer):
             anchor=own["anchor"],
             anchor_spread=own["anchor_spread"],
             volatility=own["volatility"],
-            memory=memories(
-                payload, valid[:, :, None, None], last=last, home=-level / scale, kin=_kin(sample.variables)
-            ),
+            memory=memories(payload, valid[:, :, None, None], last=last, home=home, kin=_kin(sample.variables)),
             weight=np.ones((slots, 1, 1), np.float32),
             variable=variable_rows(sample)[:, None],
             row=np.zeros(slots, np.int16),
