@@ -32,7 +32,7 @@ class ModelSettings:
 
 
 class SciGPT(nn.Module):
-    """One transformer over frames x slots. Every module runs in every call, a modality that is absent with weight 0."""
+    """One transformer over frames x slots: embeddings and heads by modality, one trunk."""
 
     def __init__(self, shape: ModelShape, settings: ModelSettings) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SciGPT(nn.Module):
         )
 
     def forward(self, inputs: ModelInputs) -> dict[str, Prediction]:
-        """Predictions of every asked unit, by modality; `idle` parameters are tied in with weight 0."""
+        """Predictions of every asked unit, by modality; a rank's batch holds every modality, absent ones empty."""
         x = self.trunk(inputs)
         return {
             modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()
@@ -71,15 +71,6 @@ class SciGPT(nn.Module):
         for block in self.blocks:
             x = block(x, rotary=rotary, groups=inputs.groups)
         return self.norm(x)
-
-    def idle(self, inputs: ModelInputs) -> Tensor:
-        """0, but reached by every parameter of modalities absent from the batch: collectives must see them on every
-        rank.
-        """
-        absent = [m for m in self.heads if m not in inputs.payloads]
-        parameters = [p for m in absent for module in (self.embed[m], self.heads[m]) for p in module.parameters()]
-        zero = inputs.features.new_zeros(())
-        return zero + sum((p.sum() * 0.0 for p in parameters), start=zero)
 
     @property
     def num_parameters(self) -> int:

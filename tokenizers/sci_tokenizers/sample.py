@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sci_tokenizers.variables import VARIABLES, UnknownVariableError, nearest
+from sci_tokenizers.variables import VARIABLES, UnknownVariableError
 
 Modality = Literal["grid", "series", "trace"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
@@ -134,6 +134,3 @@ class Sample:
             year_phase=self.year_phase[cut],
             day_phase=self.day_phase[cut],
         )
-
-
-__all__ = ["MODALITIES", "Modality", "Sample", "SampleError", "channel_name", "nearest"]
