@@ -41,7 +41,7 @@ zero and logarithmic beyond; skill below it is written at its edge.
 """
 _TRAINING_CAPTION = """
 Training: loss per modality, each in its own unit, and skill on validation windows against the baselines that a batch
-holds (persistence and training mean, weaker than those of the table).
+holds (persistence, the head's anchor and the offset, weaker than those of the table).
 """
 _METHOD = """
 Truth is the raw data in physical units, neither quantized nor clipped; missing values count nowhere; grid cells count

@@ -1,4 +1,4 @@
-"""Loader: from a sample number to a document, from n(t) to the rows of step t, from rows to a rank's batch."""
+"""Loader: from a sample number to a document, from n(t) to the rows of step t, from rows to a rank's share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sci_gpt.data.order import Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import DataError
-from sci_tokenizers.packing import Batch, collate, pack_rows
+from sci_tokenizers.packing import pack_rows
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.tokens import Tokens
@@ -129,14 +129,6 @@ def deal(plan: StepPlan, *, rank: int, world: int, cost: Sequence[int]) -> tuple
         position = turn * world + place
         mine.append(ordered[position] if position < len(ordered) else ())
     return tuple(mine)
-
-
-def rank_batch(corpus: Corpus, plan: StepPlan, *, rank: int, world: int) -> Batch:
-    """Read, tokenize and lay out a rank's share of a step."""
-    cost = [sum(corpus.length(n) ** 2 for n in row) for row in plan.rows]
-    rows = deal(plan, rank=rank, world=world, cost=cost)
-    documents = [[corpus.document(n) for n in row] for row in rows]
-    return collate(documents, plan.row_length, numbers=rows)
 
 
 def packing_report(corpus: Corpus, *, rows: int, row_length: int, steps: int = 50) -> dict[str, float]:

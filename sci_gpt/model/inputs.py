@@ -61,11 +61,6 @@ class ModelInputs:
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
 
-    @property
-    def num_positions(self) -> int:
-        """T."""
-        return int(self.frame.shape[0])
-
 
 def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
     """Tensors of a batch on `device`."""
