@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
-import types
-import typing
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sci_gpt.errors import ConfigError
-from sci_gpt.plain_tree import override_key, read_plain
+from sci_gpt.plain_tree import explain, override_key, read_plain
 
 
 def _refuse_twice(what: str, names: list[str]) -> None:
@@ -150,6 +147,20 @@ class MixtureEntry(Node):
         return self
 
 
+class PhaseConfig(Node):
+    """A part of a run, up to completed step `until_step`: tokens in a row, rows in a step, and the mixture in them."""
+
+    until_step: int = Field(ge=1)
+    row_length: int = Field(ge=16)
+    rows_per_step: int = Field(ge=1)
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        _refuse_twice("mixture source", [entry.source for entry in self.mixture])
+        return self
+
+
 class TokenizerConfig(Node):
     """Sizes of tokens: grid patch side, samples per trace frame, ids and limit of the series quantizer."""
 
@@ -243,16 +254,22 @@ class EvaluateConfig(Node):
 
 
 class PretrainConfig(Node):
-    """`sci-gpt pretrain`: one run."""
+    """`sci-gpt pretrain`: one run.
+
+    phases: in order; the last ends with the schedule. Sample numbers go on across them, and so does each source in its
+    epochs while its windows (frames, stride) stay the same.
+    shuffle_block: windows in a shuffle block; a source is read block by block, in an order of their own (one with fewer
+    windows is one block). It should span at least four shards per data-parallel rank of the largest layout planned for
+    the run: the order does not depend on the actual layout, so it cannot be raised later.
+    """
 
     name: str
     output: Path
     data: Path
     seed: int = Field(ge=0)
-    row_length: int = Field(ge=16)
-    rows_per_step: int = Field(ge=1)
+    shuffle_block: int = Field(default=65536, ge=1)
     shuffle_time: bool = False
-    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     loss_factor: dict[Literal["grid", "series", "trace"], float]
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
@@ -264,9 +281,30 @@ class PretrainConfig(Node):
     tracking: TrackingConfig
     evaluate: EvaluateConfig
 
+    @property
+    def mixture(self) -> tuple[MixtureEntry, ...]:
+        """Every source of the run once, by its entry of the last phase that has it: what is validated, evaluated and
+        forecast."""
+        return tuple({entry.source: entry for phase in self.phases for entry in phase.mixture}.values())
+
     @model_validator(mode="after")
-    def _named_once(self) -> Self:
-        _refuse_twice("mixture source", [entry.source for entry in self.mixture])
+    def _phases_follow_each_other(self) -> Self:
+        ends = [phase.until_step for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"phases: until_step must rise from phase to phase, got {ends}")
+        if ends[-1] != self.schedule.steps:
+            raise ValueError(
+                f"phases.{len(ends) - 1}.until_step is {ends[-1]}, schedule.steps is {self.schedule.steps}: the last "
+                "phase ends with the schedule; set both"
+            )
+        last = {entry.source: entry.leads for entry in self.mixture}
+        for number, phase in enumerate(self.phases):
+            for entry in phase.mixture:
+                if entry.leads != last[entry.source]:
+                    raise ValueError(
+                        f"phases.{number}: source {entry.source!r} is asked for leads {list(entry.leads)}, in a later "
+                        f"phase for {list(last[entry.source])}; its heads learn one set: give it the same in all phases"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -326,38 +364,9 @@ def parse_config(tree: dict[str, Any], kind: type[Config], *, where: str) -> Con
             for row in items
             if not any(len(row["loc"]) < len(p) and p[: len(row["loc"])] == row["loc"] for p in places)
         ]
-        raise ConfigError(f"{where}: " + "; ".join(_explain(kind, item) for item in items[:3])) from error
+        raise ConfigError(f"{where}: " + "; ".join(explain(kind, item) for item in items[:3])) from error
 
 
 def show_config(config: Node) -> str:
     """The resolved tree as YAML (`--show`); `load_config` reads it back to an equal tree."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
-
-
-def _explain(kind: type[Node], item: Any) -> str:
-    location = tuple(part for part in item["loc"] if part != "[key]")
-    where = ".".join(str(part) for part in location)
-    if item["type"] == "missing":
-        return f"missing key {where!r}"
-    if item["type"] == "extra_forbidden" or item["loc"][-1:] == ("[key]",):
-        close = get_close_matches(str(location[-1]), _keys_at(kind, location[:-1]), n=1, cutoff=0.0)
-        return f"unknown key {where!r}; nearest: {close[0]!r}" if close else f"unknown key {where!r}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":  # one of our own checks: it says what came
-        return f"{where}: {message}" if where else message
-    return f"{where}: {message}, got {reprlib.repr(item.get('input'))}"
-
-
-def _keys_at(kind: type[Node], location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at a place of the tree: the fields of a node, or the literal keys of a mapping."""
-    node: Any = kind
-    for part in location:
-        if isinstance(part, str) and hasattr(node, "model_fields"):
-            node = node.model_fields[part].annotation
-        else:  # an entry of a tuple or of a mapping
-            node = typing.get_args(node)[-1] if isinstance(part, str) else typing.get_args(node)[0]
-        if typing.get_origin(node) in (typing.Union, types.UnionType):
-            node = next(arg for arg in typing.get_args(node) if arg is not type(None))
-    if typing.get_origin(node) is dict:
-        return [str(key) for key in typing.get_args(typing.get_args(node)[0])]
-    return list(getattr(node, "model_fields", {}))

@@ -97,11 +97,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_show_prints_the_resolved_tree_with_overrides_and_starts_nothing(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["pretrain", str(toy / "run.yaml"), "--processes", "3", "--set", "mixture.station.weight=2", "--show"]
-    assert cli.main(command) == 0
+    command = ["pretrain", str(toy / "run.yaml"), "--processes", "3", "--show"]
+    assert cli.main([*command, "--set", "phases.0.mixture.station.weight=2"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert tree["parallel"]["processes"] == 3
-    assert tree["mixture"][1]["weight"] == 2.0
+    assert tree["phases"][0]["mixture"][1]["weight"] == 2.0
     assert not (toy / "run").exists()
 
 

@@ -21,11 +21,23 @@ def pretrain_tree() -> dict[str, Any]:
         "output": "runs/small",
         "data": "data/small",
         "seed": 1,
-        "row_length": 64,
-        "rows_per_step": 2,
-        "mixture": [
-            {"source": "co2", "weight": 1.0, "frames": 12, "stride": 4, "context_frames": [4, 6], "leads": [1, 2]},
-            {"source": "sst", "weight": 0.5, "frames": 6, "stride": 1, "context_frames": [2, 3]},
+        "phases": [
+            {
+                "until_step": 10,
+                "row_length": 64,
+                "rows_per_step": 2,
+                "mixture": [
+                    {
+                        "source": "co2",
+                        "weight": 1.0,
+                        "frames": 12,
+                        "stride": 4,
+                        "context_frames": [4, 6],
+                        "leads": [1, 2],
+                    },
+                    {"source": "sst", "weight": 0.5, "frames": 6, "stride": 1, "context_frames": [2, 3]},
+                ],
+            }
         ],
         "loss_factor": {"grid": 1.0, "series": 1.0, "trace": 1.0},
         "model": {"size": "tiny"},
@@ -56,7 +68,8 @@ def test_a_complete_tree_loads_with_its_types(tmp_path: Path) -> None:
     [
         ((), "shedule", "shedule", "schedule"),
         (("optimizer",), "lerning_rate", "optimizer.lerning_rate", "learning_rate"),
-        (("mixture", 1), "wieght", "mixture.1.wieght", "weight"),
+        (("phases", 0), "row_lenght", "phases.0.row_lenght", "row_length"),
+        (("phases", 0, "mixture", 1), "wieght", "phases.0.mixture.1.wieght", "weight"),
         (("tracking",), "experimant", "tracking.experimant", "experiment"),
         (("loss_factor",), "serie", "loss_factor.serie", "series"),
     ],
@@ -90,13 +103,21 @@ def test_a_misspelt_key_in_a_list_of_a_data_configuration_is_named(tmp_path: Pat
             r"schedule: warmup_steps \+ cooldown_steps must fit in steps, got 9 \+ 4 > 10",
         ),
         (
-            ("mixture", 0, "context_frames"),
+            ("phases", 0, "mixture", 0, "context_frames"),
             [7, 12],
-            r"mixture\.0: context_frames .* fewer than 12 frames, got \[7, 12\]",
+            r"phases\.0\.mixture\.0: context_frames .* fewer than 12 frames, got \[7, 12\]",
         ),
-        (("mixture", 0, "leads"), [2, 1], r"mixture\.0: leads are ascending and positive, got \[2, 1\]"),
-        (("mixture", 0, "leads"), [7], r"mixture\.0: 12 frames hold no target 7 ahead of 6 context frames"),
-        (("mixture", 1, "source"), "co2", r"mixture source 'co2' stands 2 times"),
+        (
+            ("phases", 0, "mixture", 0, "leads"),
+            [2, 1],
+            r"phases\.0\.mixture\.0: leads are ascending and positive, got \[2, 1\]",
+        ),
+        (
+            ("phases", 0, "mixture", 0, "leads"),
+            [7],
+            r"phases\.0\.mixture\.0: 12 frames hold no target 7 ahead of 6 context frames",
+        ),
+        (("phases", 0, "mixture", 1, "source"), "co2", r"phases\.0: mixture source 'co2' stands 2 times"),
         (("parallel",), {"dtype": "bf16", "zero_stage": 0}, r"parallel: dtype bf16 with zero_stage 0"),
         (("optimizer", "learning_rate"), float("nan"), r"optimizer\.learning_rate: .*finite number"),
         (("model",), {}, r"missing key 'model\.size'"),
@@ -116,8 +137,9 @@ def test_a_wrong_value_is_refused_with_its_place_and_what_came(
 
 def test_overrides_reach_into_lists_by_number_and_by_name_and_into_absent_parts(tmp_path: Path) -> None:
     overrides = (
-        "mixture.1.weight=2",
-        "mixture.co2.leads=[1, 3]",
+        "phases.0.row_length=512",
+        "phases.0.mixture.1.weight=2",
+        "phases.0.mixture.co2.leads=[1, 3]",
         "parallel.processes=4",  # the file has no `parallel`
         "optimizer.learning_rate=1e-3",  # a word to YAML 1.1, a number to us
         "tracking.registered_model=null",
@@ -125,6 +147,7 @@ def test_overrides_reach_into_lists_by_number_and_by_name_and_into_absent_parts(
     )
     config = load_config(write(tmp_path, pretrain_tree()), PretrainConfig, overrides=overrides)
     assert (config.mixture[1].weight, config.mixture[0].leads) == (2.0, (1, 3))
+    assert config.phases[0].row_length == 512
     assert (config.parallel.processes, config.optimizer.learning_rate) == (4, 1e-3)
     assert (config.tracking.registered_model, config.evaluate.windows_by_source) == (None, {"co2": 5})
 
@@ -136,12 +159,17 @@ def test_overrides_reach_into_lists_by_number_and_by_name_and_into_absent_parts(
         ("=3", r"--set wants key\.subkey=value, got '=3'"),
         ("sede=3", r"unknown key 'sede'; nearest: 'seed'"),
         ("optimizer.beta=[0.9, 0.9]", r"unknown key 'optimizer\.beta'; nearest: 'betas'"),
-        ("mixture.2.weight=1", r"'2' is no entry of a list of 2; use 0\.\.1, or a name; nearest:"),
-        ("mixture.c02.weight=1", r"'c02' is no entry of a list.*nearest: 'co2'"),
-        ("mixture.-1.weight=1", r"'-1' is no entry"),
+        ("phases.0.mixture.2.weight=1", r"'2' is no entry of a list of 2; use 0\.\.1, or a name; nearest:"),
+        ("phases.0.mixture.c02.weight=1", r"'c02' is no entry of a list.*nearest: 'co2'"),
+        ("phases.0.mixture.-1.weight=1", r"'-1' is no entry"),
+        ("phases.1.row_length=1", r"'1' is no entry of a list of 1; use 0$"),
+        ("phases.row_length=1", r"'row_length' is no entry of a list of 1; use 0$"),
+        ("phases.\N{SUPERSCRIPT TWO}.row_length=1", r"'\N{SUPERSCRIPT TWO}' is no entry"),
+        ("row_length=1", r"'row_length'; it belongs to an entry of 'phases', as 'phases\.0\.row_length'"),
+        ("mixture.co2.weight=2", r"'mixture'; it belongs to an entry of 'phases', as 'phases\.0\.mixture'"),
         ("seed.x=1", r"'seed' holds 1, which has no keys"),
         ("seed.x.y=1", r"'x' is looked for in 1, which has no keys"),
-        ("mixture.0.wait=1", r"unknown key 'mixture\.0\.wait'; nearest: 'weight'"),
+        ("phases.0.mixture.0.wait=1", r"unknown key 'phases\.0\.mixture\.0\.wait'; nearest: 'weight'"),
         ("seed=[1", r"the value is not YAML"),
     ],
 )
@@ -187,11 +215,11 @@ def test_the_error_names_at_most_three_places(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_in_the_only_entry_of_a_list_is_said_once(tmp_path: Path) -> None:
     tree = pretrain_tree()
-    del tree["mixture"][1]
-    tree["mixture"][0]["wieght"] = 1.0
+    del tree["phases"][0]["mixture"][1]
+    tree["phases"][0]["mixture"][0]["wieght"] = 1.0
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, tree), PretrainConfig)
-    assert str(caught.value).endswith("unknown key 'mixture.0.wieght'; nearest: 'weight'")
+    assert str(caught.value).endswith("unknown key 'phases.0.mixture.0.wieght'; nearest: 'weight'")
 
 
 def every_configuration() -> list[tuple[Path, type[Config]]]:
@@ -224,3 +252,48 @@ def test_a_source_that_is_not_in_the_mixture_and_a_missing_factor_are_refused() 
         load_config(path, PretrainConfig, overrides=("evaluate.windows_by_source.cmip6_dayly=3",))
     with pytest.raises(ConfigError, match=r"loss_factor: missing \['series', 'trace'\]"):
         load_config(path, PretrainConfig, overrides=("loss_factor={grid: 1.0}",))
+
+
+def two_phases() -> dict[str, Any]:
+    """A tree whose second phase has longer rows, other windows of one source, and a source more."""
+    tree = pretrain_tree()
+    (first,) = tree["phases"]
+    co2, sst = first["mixture"]
+    soil = sst | {"source": "soil"}
+    second = first | {"row_length": 128, "mixture": [soil, co2 | {"frames": 24, "weight": 3.0}]}
+    tree["phases"] = [first | {"until_step": 4}, second]
+    return tree
+
+
+def test_a_source_of_several_phases_counts_as_its_last_phase_has_it(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, two_phases()), PretrainConfig)
+    assert [(entry.source, entry.frames) for entry in config.mixture] == [("co2", 24), ("sst", 6), ("soil", 6)]
+    assert config.mixture[0].weight == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("phases.0.until_step=10", r"until_step must rise from phase to phase, got \[10, 10\]"),
+        ("phases.0.until_step=11", r"until_step must rise from phase to phase, got \[11, 10\]"),
+        ("phases.1.until_step=9", r"phases\.1\.until_step is 9, schedule\.steps is 10: the last phase ends with"),
+        ("schedule.steps=12", r"phases\.1\.until_step is 10, schedule\.steps is 12"),
+        ("phases=[]", r"phases: .*at least 1 item"),
+        (
+            "phases.0.mixture.co2.leads=[1]",
+            r"phases\.0: source 'co2' is asked for leads \[1\], in a later phase for \[1, 2\].*the same in all phases",
+        ),
+        ("evaluate.windows_by_source.soli=3", r"unknown source 'soli'; nearest in the mixture: 'soil'"),
+    ],
+)
+def test_phases_that_contradict_each_other_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, two_phases())
+    load_config(path, PretrainConfig)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, PretrainConfig, overrides=(override,))
+
+
+def test_an_override_into_an_empty_list_says_that_it_is_empty(tmp_path: Path) -> None:
+    tree = pretrain_tree() | {"phases": []}
+    with pytest.raises(ConfigError, match=r"'0' is no entry of a list of 0; it is empty"):
+        load_config(write(tmp_path, tree), PretrainConfig, overrides=("phases.0.row_length=3",))

@@ -322,7 +322,7 @@ def test_autoregression_equals_plain_recursion() -> None:
     mean, spread = baseline.forecast(context, steps)
     for row in range(2):
         anomaly = context[row] - context[row].mean()
-        coefficients = burg(anomaly[None], 32)[0]
+        coefficients = burg(anomaly[None], (32,))[32][0]
         errors: list[list[float]] = [[] for _ in steps]
         for origin in range(31, 300):
             past = list(anomaly[: origin + 1])

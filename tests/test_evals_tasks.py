@@ -68,6 +68,9 @@ class Loaded:
     def untrained(self) -> Loaded:
         return replace(self, predictor=LastValue(spread=30.0))
 
+    def anchor(self) -> Loaded:
+        return replace(self, predictor=LastValue(spread=2.0))
+
 
 @pytest.mark.parametrize("name", EVAL_TASKS)
 def test_contract_of_every_task(name: str) -> None:
@@ -190,7 +193,7 @@ def test_evaluation_scores_every_source_and_control(
 ) -> None:
     config, run, result = evaluation
     rows = result["rows"]
-    for model in ("trained", "untrained", "time-shuffled"):
+    for model in ("trained", "untrained", "anchor", "time-shuffled"):
         assert {row["source"] for row in rows if row["model"] == model} == {"field", "station", "quake"}
     assert {row["metric"] for row in rows} == {"crps", "mae", "scaled crps"}
     # The stand-in untrained model is thirty times too wide: it must score worse than the other.

@@ -171,7 +171,8 @@ def test_the_nearest_source_is_by_step_then_by_variables_then_by_lead(model: Loa
         "snow": {"surface_snow_amount": temperature},
         "long": {"air_temperature": temperature},
     }
-    config = model.config.model_copy(update={"mixture": tuple(mixture)})
+    phase = model.config.phases[0].model_copy(update={"mixture": tuple(mixture)})
+    config = model.config.model_copy(update={"phases": (phase,)})
     wide = replace(model, sources=sources, config=config, statistics=statistics)
 
     def nearest(data: pd.DataFrame) -> str:

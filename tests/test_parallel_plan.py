@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from sci_gpt.data.loader import Corpus
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.init import initialize
@@ -82,8 +81,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_activations_agree_with_what_autograd_keeps(store: Path, tmp_path: Path, size: str) -> None:
     config = toy_config(store, tmp_path / "run", model={"size": size}, parallel={"processes": 1})
     opened, settings = Store.open(store), parts.tokenizer_settings(config)
-    corpus = Corpus(opened, parts.window_specs(config), seed=0, settings=settings)
-    batch = StepReader(corpus, parts.step_rows(config, rank=0), settings=settings)(0).batches[0]
+    reader = StepReader(parts.curriculum(config, opened), parts.place(config, rank=0), settings=settings)
+    batch = reader(0, 0).batches[0]
     model = SciGPT(SHAPES[size], parts.model_settings(config))
     initialize(model, 0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -122,3 +121,23 @@ def test_the_plan_of_a_run_adds_up(store: Path, tmp_path: Path) -> None:
     assert 6 * SHAPES["tiny"].trunk_parameters * tokens < result["flops_per_step"]
     assert result["flops_per_step"] < 24 * result["parameters"]["total"] * tokens
     assert f"{result['parameters']['total']:,} parameters" in describe(result)
+
+
+def test_the_plan_of_several_phases_reports_each_and_needs_room_for_the_largest(store: Path, tmp_path: Path) -> None:
+    whole = toy_config(store, tmp_path / "run")
+    (short,) = whole.model_dump(mode="json")["phases"]
+    long = short | {"row_length": 400, "rows_per_step": 2, "mixture": short["mixture"][1:]}
+    short = short | {"until_step": 20}
+    result = plan(toy_config(store, tmp_path / "run", phases=[short, long]))
+    first, second = result["phases"]
+    assert (first["until_step"], second["until_step"]) == (20, 24)
+    assert (first["tokens_per_step"], second["tokens_per_step"]) == (3 * 160, 2 * 400)
+    assert result["tokens_per_run"] == 20 * 3 * 160 + 4 * 2 * 400
+    # a process holds 2 rows of 160 in the first phase, 1 of 400 in the second
+    assert (first["tokens_per_process"], second["tokens_per_process"]) == (320, 400)
+    assert result["tokens_per_process"] == 400
+    assert result["bytes_per_process"]["activations"] == activation_bytes(SHAPES["tiny"], 400)
+    assert result["flops_per_run"] == pytest.approx(20 * first["flops_per_step"] + 4 * second["flops_per_step"])
+    assert first["flops_per_step"] == plan(whole)["flops_per_step"]
+    said = describe(result)
+    assert "phase to step 20" in said and "phase to step 24" in said and "of the largest phase" in said

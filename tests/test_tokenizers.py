@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from sci_tokenizers.autoregression import burg, newest, step_coefficients
+from sci_tokenizers.memory import MEMORIES
 from sci_tokenizers.quantizer import PAD, Quantizer
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.table import TOKENIZERS, make_tokenizer
-from sci_tokenizers.tokenizer import MEMORIES, Tokenizer, TokenizerError, TokenizerSettings
+from sci_tokenizers.tokenizer import Tokenizer, TokenizerError, TokenizerSettings
 from sci_tokenizers.tokens import Tokens
 from sci_tokenizers.variables import forward_transform
 from toy_samples import altered_from, toy_sample, toy_statistics
@@ -193,6 +194,31 @@ def test_kin_stands_in_for_a_missing_level() -> None:
     assert tokens.memory[20, 0, 0, 0, since] == 0
 
 
+@pytest.mark.parametrize("modality", ["grid", "series"])
+def test_a_phase_that_training_did_not_cover_is_unknown(modality: str) -> None:
+    """No harmonics of the year: its phase is NaN in every frame, the day's is there; of an unseen source, both."""
+    tokenizer, sample = made(modality)
+    part = {
+        name: replace(row, num_year=0, climatology=(row.mean, 0.0, 0.0)) for name, row in toy_statistics(sample).items()
+    }
+    year, day, _ = encode(tokenizer, sample, part).frame_features.T
+    assert np.isnan(year).all()
+    np.testing.assert_array_equal(day, sample.day_phase)
+    assert np.isfinite(encode(tokenizer, sample, None).frame_features).all()
+
+
+def test_values_at_a_bound_stay_one_value() -> None:
+    """Dry hours have one id all day long, whatever the hour's climatology; temperature follows its cycle."""
+    tokenizer, sample = made("series", missing=0.0)
+    values = sample.values.copy()
+    values[:, 1] = 0.0
+    values[:, 0] = 280.0
+    ids = encode(tokenizer, replace(sample, values=values), toy_statistics(sample)).ids
+    assert ids is not None
+    assert len(np.unique(ids[:, 1])) == 1
+    assert len(np.unique(ids[:, 0])) > 5
+
+
 def test_no_token_names_its_record() -> None:
     """A lone receiver's place is its array's, so 0; a station's place is a region: neither is known by heart."""
     trace = encode(*made("trace"), None)
@@ -230,7 +256,7 @@ def test_an_autoregressions_weights_repeat_its_own_step() -> None:
     """k steps ahead by the weights equals feeding one-step forecasts back k times, in a plain loop."""
     random = np.random.default_rng(3)
     series = np.cumsum(random.standard_normal((2, 80)), axis=1)
-    coefficients = burg(series, 4)
+    coefficients = burg(series, (2, 4))[4]
     weights = step_coefficients(coefficients, 6)
     state = newest(series, np.array([79]), order=4)[:, 0]
     np.testing.assert_array_equal(state, series[:, :-5:-1])

@@ -235,6 +235,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_folder(tmp_path: Path) 
     assert latest(tmp_path) == before and not step_folder(tmp_path, 4).exists()
 
 
+def test_rank_0_knows_at_once_of_a_rank_that_had_no_room_even_for_the_cause(tmp_path: Path) -> None:
+    before = save(tmp_path, 2)
+    with full_disk(0), pytest.raises(CheckpointError, match="was not written: .*File too large"):
+        writer(tmp_path, 1).save(4, holding(1, 2), state={})
+    with pytest.raises(CheckpointError, match=r"rank 1: it could not write its part; make room.*step-00000002 is int"):
+        writer(tmp_path, 0).save(4, holding(0, 2), state={"step": 4})
+    assert latest(tmp_path) == before and not step_folder(tmp_path, 4).exists()
+
+
 def test_the_files_are_safetensors_that_the_library_reads(tmp_path: Path) -> None:
     tensors = {"a:weight:0:0": torch.randn(7), "b:weight:0:0": torch.randn(2, 3)[:, 1], "c": torch.zeros(0)}
     write_safetensors(tmp_path / "x.safetensors", tensors)

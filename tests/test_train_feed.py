@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +12,40 @@ import numpy as np
 import pytest
 import torch
 
-from sci_gpt.data.loader import Corpus
+from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_gpt.model.init import initialize
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.recipes import parts
-from sci_gpt.train.feed import Prefetch, Rows, StepReader, StepRows
+from sci_gpt.train.feed import Place, Prefetch, StepReader, StepRows
 from sci_gpt.train.objective import NextFrame
 from sci_tokenizers.sample import MODALITIES
 from toy_store import toy_config, write_store
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Curriculum:
     folder = tmp_path_factory.mktemp("feed")
     config = toy_config(write_store(folder / "store"), folder / "run")
-    store = Store.open(config.data)
-    return Corpus(store, parts.window_specs(config), seed=3, settings=parts.tokenizer_settings(config))
+    return parts.curriculum(config, Store.open(config.data))
 
 
-def reader(corpus: Corpus, *, rank: int = 0, world: int = 1, accumulation: int = 1, rows: int = 3) -> StepReader:
-    settings = corpus.tokenizers[0].settings
-    place = Rows(rows=rows, row_length=160, rank=rank, world=world, accumulation=accumulation)
-    return StepReader(corpus, place, settings=settings)
+def reader(
+    curriculum: Curriculum, *, rank: int = 0, world: int = 1, accumulation: int = 1, rows: int = 3
+) -> StepReader:
+    settings = curriculum.corpora[0].tokenizers[0].settings
+    of_rows = copy(curriculum)
+    of_rows.phases = (replace(curriculum.phases[0], rows=rows),)
+    return StepReader(of_rows, Place(rank=rank, world=world, accumulation=accumulation), settings=settings)
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1)])
-def test_all_ranks_together_eat_each_sample_of_the_step_once(corpus: Corpus, world: int, accumulation: int) -> None:
-    whole = reader(corpus)(10)
-    steps = [reader(corpus, rank=rank, world=world, accumulation=accumulation)(10) for rank in range(world)]
+def test_all_ranks_together_eat_each_sample_of_the_step_once(
+    curriculum: Curriculum, world: int, accumulation: int
+) -> None:
+    whole = reader(curriculum)(0, 10)
+    steps = [reader(curriculum, rank=rank, world=world, accumulation=accumulation)(0, 10) for rank in range(world)]
     assert sorted(n for step in steps for n in step.samples) == list(range(10, whole.next_sample))
     assert sorted(whole.samples) == list(range(10, whole.next_sample))
     for rank, step in enumerate(steps):
@@ -49,16 +55,16 @@ def test_all_ranks_together_eat_each_sample_of_the_step_once(corpus: Corpus, wor
         assert sorted(step.dealt[rank]) == sorted(step.samples) and len(step.keys) == len(step.samples)
 
 
-def test_a_modality_that_a_rank_lacks_still_reaches_every_parameter(corpus: Corpus) -> None:
+def test_a_modality_that_a_rank_lacks_still_reaches_every_parameter(curriculum: Curriculum) -> None:
     lacking = next(
         batch
         for n in range(0, 400, 7)
-        for batch in reader(corpus, rows=1)(n).batches
+        for batch in reader(curriculum, rows=1)(0, n).batches
         if any(not len(payload.index) for payload in batch.payloads.values())
     )
     assert tuple(sorted(lacking.payloads)) == tuple(sorted(MODALITIES))
-    settings: Any = corpus.tokenizers[0].settings
-    config = toy_config(corpus.store.path, Path("unused"))
+    settings: Any = curriculum.corpora[0].tokenizers[0].settings
+    config = toy_config(curriculum.store.path, Path("unused"))
     model = SciGPT(parts.model_shape(config), parts.model_settings(config))
     initialize(model, 0)
     objective = NextFrame(settings=settings, device=torch.device("cpu"))
@@ -72,19 +78,19 @@ def test_a_modality_that_a_rank_lacks_still_reaches_every_parameter(corpus: Corp
 
 
 def test_a_sample_that_cannot_be_read_weighs_nothing_and_moves_no_other(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    curriculum: Curriculum, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = reader(corpus)(0)
+    whole = reader(curriculum)(0, 0)
     broken = whole.samples[2]
-    read: Callable[[int], Any] = corpus.document
+    read: Callable[[int], Any] = curriculum.corpora[0].document
 
     def document(n: int) -> Any:
         if n == broken:
             raise DataError("shard-00000.tar: station/train-1: checksum differs")
         return read(n)
 
-    monkeypatch.setattr(corpus, "document", document)
-    step = reader(corpus)(0)
+    monkeypatch.setattr(curriculum.corpora[0], "document", document)
+    step = reader(curriculum)(0, 0)
     assert step.passed_over == 1 and step.next_sample == whole.next_sample
     assert step.samples == tuple(n for n in whole.samples if n != broken)
     said = capsys.readouterr().err
@@ -97,10 +103,10 @@ class Counted:
     """A reader that remembers what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, n: int) -> StepRows:
-        self.asked.append(n)
+    def __call__(self, step: int, n: int) -> StepRows:
+        self.asked.append((step, n))
         if n >= 90:
             raise DataError("no such shard")
         return StepRows(
@@ -111,15 +117,17 @@ class Counted:
 def test_the_next_step_is_read_ahead_and_each_step_once() -> None:
     counted = Counted()
     ahead = Prefetch(counted)
-    assert [ahead.get(n)[0].first for n in (0, 3, 6)] == [0, 3, 6]
-    assert ahead.get(30)[0].first == 30  # a jump is read anew
+    assert [ahead.get(step, 3 * step)[0].first for step in range(3)] == [0, 3, 6]
+    assert ahead.get(3, 30)[0].first == 30  # a jump is read anew
     ahead.close()
-    assert counted.asked[:5] == [0, 3, 6, 9, 30] and len(set(counted.asked)) == len(counted.asked)
+    assert counted.asked[:5] == [(0, 0), (1, 3), (2, 6), (3, 9), (3, 30)] and len(set(counted.asked)) == len(
+        counted.asked
+    )
 
 
 def test_an_error_of_the_reader_reaches_the_step_that_needs_it() -> None:
     ahead = Prefetch(Counted())
-    assert ahead.get(87)[0].next_sample == 90
+    assert ahead.get(0, 87)[0].next_sample == 90
     with pytest.raises(DataError, match="no such shard"):
-        ahead.get(90)
+        ahead.get(1, 90)
     ahead.close()

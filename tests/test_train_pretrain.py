@@ -19,7 +19,6 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from sci_gpt.config import DataConfig, PretrainConfig, load_config, show_config
-from sci_gpt.data.loader import Corpus
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.model.transformer import SciGPT
@@ -58,6 +57,7 @@ def configuration(folder: Path, store: Path, run: str, **overrides: Any) -> Pret
         "data": store,
         "model.size": "tiny",
         "schedule.steps": STEPS,
+        "phases.0.until_step": STEPS,
         "schedule.warmup_steps": 4,
         "schedule.cooldown_steps": 8,
         "optimizer.clip": 0.5,
@@ -169,12 +169,12 @@ def test_the_batches_compared_are_mixed_uneven_and_have_gaps(runs: Runs) -> None
     config = runs.config("straight")
     store = Store.open(runs.store)
     settings = parts.tokenizer_settings(config)
-    corpus = Corpus(store, parts.window_specs(config), seed=config.seed, settings=settings)
-    readers = [StepReader(corpus, parts.step_rows(config, rank=rank), settings=settings) for rank in (0, 1)]
+    curriculum = parts.curriculum(config, store)
+    readers = [StepReader(curriculum, parts.place(config, rank=rank), settings=settings) for rank in (0, 1)]
     n, gaps, uneven, mixed = 0, False, 0, set()
-    for _ in range(3):
-        batches = [reader(n).batches[0] for reader in readers]
-        n = readers[0](n).next_sample
+    for step in range(3):
+        batches = [reader(step, n).batches[0] for reader in readers]
+        n = readers[0](step, n).next_sample
         valid = [payload.valid for batch in batches for payload in batch.payloads.values()]
         gaps = gaps or any(not array.all() for array in valid)
         uneven += len({int((batch.document >= 0).sum()) for batch in batches}) == 2
@@ -246,7 +246,7 @@ def test_a_complete_run_is_left_as_it_is(runs: Runs) -> None:
 def test_the_start_says_what_is_trained_and_lines_how_it_goes(runs: Runs) -> None:
     output = runs.output["straight"]
     config = runs.config("straight")
-    rows = f"{config.rows_per_step} rows x {config.row_length} tokens per step"
+    rows = f"{config.phases[0].rows_per_step} rows x {config.phases[0].row_length} tokens per step"
     assert rows in output and "% of rows hold two or more modalities" in output
     last = next(line for line in output.splitlines() if line.startswith(f"step {STEPS}/{STEPS} |"))
     for word in ("tokens/s", "ETA", "loss", "skill grid", "waits for data"):
@@ -263,7 +263,11 @@ def test_other_data_another_seed_or_mixture_is_refused(runs: Runs, tmp_path: Pat
     changes = {
         "data": (tmp_path, "fingerprint is .* there and another here"),
         "seed": (8, "seed is 0 there and 8 here"),
-        "mixture.cmip6_daily_ta.weight": (0.25, r"mixture\.0\.weight is 0\.\d+ there and 0\.25 here"),
+        "phases.0.mixture.cmip6_daily_ta.weight": (
+            0.25,
+            r"phases\.0\.mixture\.0\.weight is 0\.\d+ there and 0\.25 here",
+        ),
+        "shuffle_block": (4096, "shuffle_block is 65536 there and 4096 here"),
         "model.size": ("1M", "model.size is tiny there and 1M here"),
     }
     for key, (value, message) in changes.items():
@@ -291,7 +295,7 @@ def test_the_run_is_in_mlflow_once_and_whole(runs: Runs) -> None:
         tracked = client.get_run(json.loads((run / "tracking.json").read_text())["run_id"])
         assert tracked.info.status == "FINISHED"
         assert tracked.data.params["optimizer.clip"] == "0.5"
-        assert tracked.data.params["mixture.0.source"] == "cmip6_daily_ta"
+        assert tracked.data.params["phases.0.mixture.0.source"] == "cmip6_daily_ta"
         assert tracked.data.tags["fingerprint"] == Store.open(runs.store).fingerprint
         assert tracked.data.tags["code_version"]
         history = {metric.step: metric.value for metric in client.get_metric_history(tracked.info.run_id, "loss")}

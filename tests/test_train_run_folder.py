@@ -35,6 +35,18 @@ def test_a_resume_cuts_every_log_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_log_on_a_full_disk_says_which_file_it_is() -> None:
+    log = LineLog(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        log.append({"step": 1})
+
+
+def test_a_marker_on_a_full_disk_says_which_file_it_is(tmp_path: Path) -> None:
+    (tmp_path / "requeue.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '.*/requeue'"):
+        write_marker(tmp_path, "requeue", content={"step": 5})
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         with pytest.raises(ConfigError, match="another process is training in .*run"), locked(tmp_path / "run"):

@@ -95,8 +95,8 @@ class Steps:
     def __init__(self, *, broken: tuple[int, ...] = (), empty: tuple[int, ...] = (), lost: int = 0) -> None:
         self.broken, self.empty, self.lost, self.closed = broken, empty, lost, False
 
-    def get(self, n: int) -> tuple[StepRows, float]:
-        step = n // 2 + 1
+    def get(self, step: int, n: int) -> tuple[StepRows, float]:
+        step = step + 1
         target = math.nan if step in self.broken else 1.0
         batch: Any = {"target": target, "weight": 0.0 if step in self.empty else 4.0}
         rows = StepRows(
@@ -328,7 +328,7 @@ def test_a_resumed_run_eats_every_sample_once(tmp_path: Path) -> None:
         def save(self, step: int, next_sample: int) -> None:
             super().save(step, next_sample)
             writer = CheckpointWriter(tmp_path, rank=0, size=1, session="s")
-            state = {"identity": {"seed": 1}, "step": step, "next_sample": next_sample}
+            state = {"identity": {"seed": 1}, "step": step, "next_sample": next_sample, "phase_starts": [0]}
             writer.save(step, Holding(tensors={}, fragments=[], parameters={}, adam_step=None), state=state)
 
     memory = OnDisk()

@@ -13,7 +13,7 @@ from sci_gpt.data.store import Store
 from sci_gpt.model.init import initialize, standard_normal
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.recipes import parts
-from sci_gpt.train.checkpoint import WEIGHT, tensor_key
+from sci_gpt.train.checkpoint import MOMENTS, WEIGHT, tensor_key
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.fragments import Holding
 from sci_gpt.train.run_folder import COMPLETE, write_marker
@@ -52,20 +52,25 @@ def moved_model(config: PretrainConfig) -> SciGPT:
 
 
 def write_checkpoint(config: PretrainConfig, store: Store, model: SciGPT, *, step: int) -> Path:
-    """A checkpoint as one rank would write it, with what loading needs of state.json, and the mark of the end."""
+    """A checkpoint as one rank writes it, with moments of zero, from which training can go on, and the end marker."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     holding = Holding(
-        tensors={tensor_key(name, WEIGHT, offset=0, start=0): tensor.reshape(-1) for name, tensor in weights.items()},
+        tensors={
+            tensor_key(name, kind, offset=0, start=0): tensor.reshape(-1) * (kind == WEIGHT)
+            for name, tensor in weights.items()
+            for kind in (WEIGHT, *MOMENTS)
+        },
         fragments=[[name, 0, tensor.shape[0], 0, tensor.numel()] for name, tensor in weights.items()],
         parameters={
             name: {"shape": list(tensor.shape), "tp_dim": None, "trainable": True} for name, tensor in weights.items()
         },
-        adam_step=None,
+        adam_step=float(step),
     )
     tree = config.model_dump(mode="json")
     state = {
         "step": step,
         "next_sample": 100,
+        "phase_starts": [0],
         "config": tree,
         "identity": parts.identity(config, store.fingerprint),
         "fingerprint": store.fingerprint,

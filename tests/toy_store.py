@@ -97,12 +97,11 @@ def _statistics(name: str) -> ChannelStatistics:
 
 
 def toy_config(store: Path, run: Path, **changes: Any) -> PretrainConfig:
-    """A run of 24 steps of mixed rows on two processes; `changes` replace top-level keys."""
-    tree: dict[str, Any] = {
-        "name": "toy",
-        "output": str(run),
-        "data": str(store),
-        "seed": 3,
+    """A run of 24 steps of mixed rows on two processes, in one phase.
+
+    `changes` replace top-level keys; `row_length`, `rows_per_step` and `mixture` are those of the phase.
+    """
+    phase: dict[str, Any] = {
         "row_length": 160,
         "rows_per_step": 3,
         "mixture": [
@@ -110,6 +109,13 @@ def toy_config(store: Path, run: Path, **changes: Any) -> PretrainConfig:
             {"source": "station", "weight": 1, "frames": 24, "stride": 3, "context_frames": [3, 12], "leads": [1, 2]},
             {"source": "quake", "weight": 1, "frames": 30, "stride": 4, "context_frames": [4, 15]},
         ],
+    }
+    phase |= {key: changes.pop(key) for key in phase if key in changes}
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "output": str(run),
+        "data": str(store),
+        "seed": 3,
         "loss_factor": {"grid": 1.0, "series": 0.5, "trace": 2.0},
         "tokenizer": {"grid_patch": 4},
         "model": {"size": "tiny"},
@@ -126,4 +132,6 @@ def toy_config(store: Path, run: Path, **changes: Any) -> PretrainConfig:
         },
         "evaluate": {},
     }
-    return parse_config(tree | changes, PretrainConfig, where="the toy configuration")
+    tree |= changes
+    tree.setdefault("phases", [{"until_step": tree["schedule"]["steps"]} | phase])
+    return parse_config(tree, PretrainConfig, where="the toy configuration")

@@ -93,7 +93,7 @@ class AutoRegression(InContextBaseline):
         order = max(1, min(self.order, context.shape[1] // 4))
         level = np.where(known, context, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         anomaly = np.where(known, context - level[:, None], 0.0)
-        weights = step_coefficients(burg(anomaly, order), int(steps.max()))
+        weights = step_coefficients(burg(anomaly, (order,))[order], int(steps.max()))
         state = newest(anomaly, np.array([context.shape[1] - 1]), order=order)[:, 0]
         ahead = np.einsum("bk,bsk->bs", state, weights)
         spread = error_spread(anomaly, known, weights=weights)

@@ -81,7 +81,7 @@ def context_anomalies(climatology: Climatology, windows: WindowSet) -> np.ndarra
 def fit_climatology(train: WindowSet, *, by_place: bool) -> Climatology:
     """Least squares over the training windows' values, per place and cell, or pooled over places (cells stay apart).
 
-    Two harmonics of the year where the windows see nearly all of it (one for data slower than weekly), two of the day
+    Two harmonics of the year where the windows see nearly all of it, two of the day
     for sub-daily data. A ridge of a millionth keeps thin fits defined. A cell never seen takes its channel's mean
     over all cells. With `by_place` each place has its own fit; it is for sources whose test windows lie at training
     places.
@@ -89,7 +89,7 @@ def fit_climatology(train: WindowSet, *, by_place: bool) -> Climatology:
     step = float(np.median(train.step_seconds))
     months = len(np.unique((train.year_phase * 12).astype(int)))
     seasonal = season_seconds(step) is not None and months >= _MONTHS_FOR_YEAR
-    num_year = 0 if not seasonal else 2 if step < 8 * DAY_SECONDS else 1
+    num_year = 2 if seasonal else 0
     num_day = 2 if season_seconds(step) == DAY_SECONDS else 0
     names = np.asarray(train.place_names)[train.stretch]
     places = tuple(dict.fromkeys(names.tolist())) if by_place else ()

@@ -15,7 +15,17 @@ from sci_evals.baselines import forecast_baselines
 from sci_evals.exhibits import Exhibit, make_exhibits
 from sci_evals.metrics import LEVELS
 from sci_evals.report import write_report
-from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, Results, log_results, plain_rows, print_table, write_results
+from sci_evals.results import (
+    ANCHOR,
+    SHUFFLED,
+    TRAINED,
+    UNTRAINED,
+    Results,
+    log_results,
+    plain_rows,
+    print_table,
+    write_results,
+)
 from sci_evals.scores import (
     QuantileModel,
     Score,
@@ -75,10 +85,9 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         CheckpointError: no checkpoint, or one trained on another store.
         DataError: the store is missing or broken.
     """
-    begin = time.monotonic()
-    store = Store.open(config.data)
+    begin, store = time.monotonic(), Store.open(config.data)
     loaded = load_matching(run, store)
-    untrained = loaded.untrained()
+    starts = {UNTRAINED: loaded.untrained(), ANCHOR: loaded.anchor()}
     control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
     rows: list[Score] = []
     exhibits: list[Exhibit] = []
@@ -94,11 +103,12 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
             for number, channel in enumerate(contest.test.channels)
             if number not in scored_channels(contest.test)
         }
-        everything, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
-        scores = score_model(loaded.predictor, contest.test)
-        rows += contest.rows({TRAINED: scores}, config=config, index=everything)
-        scores = score_model(untrained.predictor, contest.test.take(some))
-        rows += contest.rows({UNTRAINED: scores}, config=config, index=some)
+        whole = {TRAINED: score_model(loaded.predictor, contest.test)}
+        rows += contest.rows(whole, config=config, index=np.arange(contest.test.num_windows))
+        some = control_windows(contest.test.num_windows)
+        few = contest.test.take(some)
+        scored = {name: score_model(start.predictor, few) for name, start in starts.items()}
+        rows += contest.rows(scored, config=config, index=some)
         if control is not None:
             rows += score_shuffled(contest, train, control=control, config=config)
         exhibits += make_exhibits(

@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 from sci_evals.coastline import coastlines_between
 from sci_evals.exhibits import Band, MapExhibit, SeriesExhibit, SeriesPanel, WaveExhibit
-from sci_evals.results import SHUFFLED, TRAINED, UNTRAINED, headline
+from sci_evals.results import ANCHOR, SHUFFLED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import Score
 from sci_tokenizers.variables import VARIABLES
 
 # Okabe and Ito's palette: distinct under every common colour blindness.
 BLACK, BLUE, ORANGE, GREEN, GREY = "#000000", "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
-_MODEL_COLOURS = {TRAINED: BLUE, UNTRAINED: "#E69F00", SHUFFLED: "#CC79A7"}
+_MODEL_COLOURS = {TRAINED: BLUE, ANCHOR: GREEN, UNTRAINED: "#E69F00", SHUFFLED: "#CC79A7"}
 _LOSS_UNITS = {
     "series": "cross-entropy (nat per token)",
     "grid": "CRPS (of the scaled value)",

@@ -65,8 +65,10 @@ Traces are scored record by record in counts, and over the context's root mean s
 are geometric means over records and components.
 
 untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
-shuffled in time, against baselines fitted and scored on such windows. Both are scored on a fixed subset of the windows
-(their number stands in the row). Neither should show skill.
+shuffled in time, against baselines fitted and scored on such windows. Neither should show skill. anchor is what the
+model's heads correct, alone: a linear forecast fitted to the training split (grids, series) or an average of
+autoregressions of the record's own past (traces); what the trained row adds to it is what the network learned. All
+three are scored on a fixed subset of the windows (their number stands in the row).
 """
 
 

@@ -18,7 +18,7 @@ from sci_evals.scores import ALL, Score
 from sci_gpt.config import PretrainConfig
 from sci_gpt.train.run_folder import TRACKING
 
-TRAINED, UNTRAINED, SHUFFLED = "trained", "untrained", "time-shuffled"
+TRAINED, UNTRAINED, ANCHOR, SHUFFLED = "trained", "untrained", "anchor", "time-shuffled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,12 @@ def columns(interval: float) -> tuple[str, ...]:
         "channel",
         "lead",
         "metric",
+        "skill",
+        f"{100 * interval:g} % interval",
         "score",
         "best baseline",
         "its score",
         "unit",
-        "skill",
-        f"{100 * interval:g} % interval",
         "windows",
         "blocks",
     )
@@ -85,12 +85,12 @@ def cells(row: Score) -> tuple[str, ...]:
         row.channel,
         row.lead,
         row.metric,
+        f"{row.skill:+.4f}",
+        "one block" if math.isnan(row.low) else f"[{row.low:+.4f}, {row.high:+.4f}]",
         "" if math.isnan(row.score) else f"{row.score:.4g}",
         row.baseline,
         "" if math.isnan(row.baseline_score) else f"{row.baseline_score:.4g}",
         row.unit,
-        f"{row.skill:+.4f}",
-        "one block" if math.isnan(row.low) else f"[{row.low:+.4f}, {row.high:+.4f}]",
         str(row.num_windows),
         str(row.num_blocks),
     )
@@ -106,7 +106,8 @@ def print_table(results: Results) -> None:
             print("  ".join("-" * width for width in widths))
     print(
         "skill = 1 - score / score of the best baseline on the same windows, interval over resampled blocks; "
-        f"{UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
+        f"{UNTRAINED}, {ANCHOR} (the fitted linear prior or autoregression that the model corrects, alone) and "
+        f"{SHUFFLED} are scored on a fixed subset of the windows"
     )
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")

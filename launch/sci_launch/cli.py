@@ -124,7 +124,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override a key, as a.b=c; list entries by number or name, as mixture.ostia_sst.weight=2; repeatable",
+        help="override a key, as a.b=c; list entries by number or name, as phases.0.mixture.co2.weight=2; repeatable",
     )
     parser.add_argument("--show", action="store_true", help="print the resolved configuration as YAML and stop")
 
@@ -256,6 +256,8 @@ def _forecast_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _forecast(parsed: argparse.Namespace) -> int:
+    if not parsed.input.exists():  # before torch is imported, which takes seconds
+        raise DataError(f"no file {str(parsed.input)!r}; check the path")
     from sci_gpt.recipes.forecast import FileOptions, forecast_file
 
     options = FileOptions.parse(

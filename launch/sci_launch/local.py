@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.data.store import Store
 from sci_gpt.errors import SciGptError
 from sci_gpt.parallel.worker import PARENT_VARIABLE, RENDEZVOUS_VARIABLE, read_refusal
 from sci_gpt.train.run_folder import read_complete
@@ -40,6 +41,7 @@ def pretrain(config: PretrainConfig) -> int:
         0: the run is complete, or was asked to stop and saved (then `requeue` stands in the run folder).
 
     Raises:
+        DataError: no store; then no process is started.
         SciGptError: what a worker refused, in its own class and words.
         WorkerFailure: a worker crashed.
     """
@@ -50,6 +52,7 @@ def pretrain(config: PretrainConfig) -> int:
             flush=True,
         )
         return 0
+    Store.open(config.data)  # where there is none, say so at once and once
     with tempfile.TemporaryDirectory(prefix="sci-gpt-") as folder:
         resolved = Path(folder) / "config.yaml"
         resolved.write_text(show_config(config), encoding="utf-8")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from sci_gpt.data.order import Order, keyed, mixture_table
+from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import DataError
@@ -19,13 +20,14 @@ from sci_tokenizers.tokens import Tokens
 
 
 class Corpus:
-    """The endless numbered samples of a run over the training split.
+    """The endless numbered samples of a mixture over the training split.
 
     Args:
         store: the built store.
         specs: the mixture; weights are shares of tokens.
         seed: of the run; with n it keys everything random about a sample.
         settings: sizes of tokens.
+        shuffle_block: windows in a shuffle block.
         shuffle_time: the time-shuffled control.
     """
 
@@ -36,6 +38,7 @@ class Corpus:
         *,
         seed: int,
         settings: TokenizerSettings,
+        shuffle_block: int = PERIOD,
         shuffle_time: bool = False,
     ) -> None:
         unknown = [spec.source for spec in specs if spec.source not in store.sources]
@@ -57,7 +60,14 @@ class Corpus:
             sizes=tuple(windows.num_windows for windows in self.windows),
             names=tuple(spec.source for spec in specs),
             table=mixture_table(shares),
+            block=shuffle_block,
         )
+
+    def begun(self, first: int, given: Sequence[int]) -> Corpus:
+        """The same mixture with its phase begun at sample `first`, when earlier ones have `given` of its sources."""
+        one = copy(self)
+        one.order = replace(self.order, first=first, given=tuple(given))
+        return one
 
     def length(self, n: int) -> int:
         """Tokens of sample number n, without reading it."""
@@ -132,9 +142,9 @@ def deal(plan: StepPlan, *, rank: int, world: int, cost: Sequence[int]) -> tuple
 
 
 def packing_report(corpus: Corpus, *, rows: int, row_length: int, steps: int = 50) -> dict[str, float]:
-    """Over the first steps: mean fill and the share of rows that hold two or more modalities."""
+    """Over the first steps of a phase: mean fill and the share of rows that hold two or more modalities."""
     modality = lru_cache(maxsize=None)(corpus.modality)
-    n, fill, mixed = 0, 0, 0
+    n, fill, mixed = corpus.order.first, 0, 0
     for _ in range(steps):
         plan = plan_step(corpus, n, rows=rows, row_length=row_length)
         fill += sum(corpus.length(i) for row in plan.rows for i in row)

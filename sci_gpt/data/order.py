@@ -96,14 +96,17 @@ def mixture_table(shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of a run over several sources.
+    """The order of a phase of a run over several sources.
 
     Attributes:
         seed: of the run.
         sizes: windows in each source.
         names: of the sources (they key the permutations, so that adding a source moves no other's order).
         table: of `mixture_table`.
-        block: windows in a shuffle block; blocks are visited in a permuted order, windows within one too.
+        block: windows in a shuffle block; blocks are visited in a permuted order, windows within one too. A source of
+            no more windows is one block.
+        first: number of the phase's first sample.
+        given: samples that earlier phases have given of each source, so that its epochs go on; none: as if 0.
     """
 
     seed: int
@@ -111,15 +114,36 @@ class Order:
     names: tuple[str, ...]
     table: tuple[np.ndarray, np.ndarray]
     block: int = PERIOD
+    first: int = 0
+    given: tuple[int, ...] = ()
 
     def sample(self, n: int) -> tuple[int, int, int]:
-        """Sample number n as (source, window, epoch of the source)."""
-        period, position = divmod(n, PERIOD)
+        """Sample number n as (source, window, epoch of the source).
+
+        Raises:
+            ValueError: n lies before the phase.
+        """
+        if n < self.first:
+            raise ValueError(f"sample {n} is of an earlier phase, this one begins at {self.first}")
+        period, position = divmod(n - self.first, PERIOD)
         source = int(self.table[0][position])
         per_period = int((self.table[0] == source).sum()) if period else 0
-        count = period * per_period + int(self.table[1][position])
+        count = self._before(source) + period * per_period + int(self.table[1][position])
         epoch, place = divmod(count, self.sizes[source])
         return source, self._window(source, epoch, place=place), epoch
+
+    def given_until(self, n: int) -> tuple[int, ...]:
+        """How many samples of each source the run has given when sample n is the next, earlier phases included."""
+        period, position = divmod(n - self.first, PERIOD)
+        whole, part = (
+            np.bincount(table, minlength=len(self.sizes)) for table in (self.table[0], self.table[0][:position])
+        )
+        return tuple(
+            self._before(source) + period * int(whole[source]) + int(part[source]) for source in range(len(self.sizes))
+        )
+
+    def _before(self, source: int) -> int:
+        return self.given[source] if self.given else 0
 
     def _window(self, source: int, epoch: int, *, place: int) -> int:
         size, name = self.sizes[source], self.names[source]

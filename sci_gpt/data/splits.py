@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from sci_gpt.data.near_duplicates import NearDuplicates
 from sci_gpt.data.store import SPLITS, Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
@@ -173,14 +174,17 @@ def check_window(store: Store, source: str, *, num_times: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateGuard:
-    """Refuses content that stands in two splits of the corpus, under whatever name and from whatever offset on.
+    """Refuses content that stands in two splits of the corpus, under whatever name and from whatever offset on; nearly
+    identical content too (see `NearDuplicates`).
 
-    Held-out stretches are remembered at every offset, training stretches at every BLOCK_TIMES-th: a common piece of
-    2 * BLOCK_TIMES - 1 times is found. Blocks that are constant or mostly missing are not compared.
+    For copies to the last bit held-out stretches are remembered at every offset, training stretches at every
+    BLOCK_TIMES-th: a common piece of 2 * BLOCK_TIMES - 1 times is found. Blocks that are constant or mostly missing are
+    not compared.
     """
 
     _seen: dict[bytes, tuple[str, str]] = field(default_factory=dict, repr=False)
     _train: list[tuple[str, list[bytes]]] = field(default_factory=list, repr=False)
+    _near: NearDuplicates = field(default_factory=NearDuplicates, repr=False)
 
     def add(self, sample: Sample, split: str) -> None:
         """Take one stretch in.
@@ -188,6 +192,7 @@ class DuplicateGuard:
         Raises:
             DataError: another split holds the same content; both keys are named.
         """
+        self._near.add(sample, split)
         if split == "train":
             self._train.append((sample.key, list(_blocks(sample, BLOCK_TIMES))))
             return
@@ -200,13 +205,14 @@ class DuplicateGuard:
         """Compare training with what is held out, when all stretches are in.
 
         Raises:
-            DataError: the same content in both; both keys are named.
+            DataError: the same content in both, or nearly the same in two splits; both keys are named.
         """
         for key, blocks in self._train:
             for block in blocks:
                 if block in self._seen:
                     other, other_split = self._seen[block]
                     _refuse(key, "train", other=other, other_split=other_split)
+        self._near.check()
 
 
 def _refuse(key: str, split: str, *, other: str, other_split: str) -> None:

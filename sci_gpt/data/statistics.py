@@ -8,11 +8,12 @@ import numpy as np
 
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample, channel_name
-from sci_tokenizers.statistics import ChannelStatistics, harmonics
+from sci_tokenizers.statistics import CellClimatology, ChannelStatistics, harmonics, place_number
 from sci_tokenizers.variables import forward_transform
 
 BINS = 48  # of a cycle
 LONGEST_GAP = BINS // 6  # a cycle with a longer unseen part is not covered
+_PER_COEFFICIENT = 3  # values that a cell must have seen for each coefficient of its own climatology
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -23,6 +24,7 @@ class TrainingStatistics:
         source: its name.
         variables, levels: of its channels.
         num_year, num_day: harmonics of the climatology that are fitted where the split covers the whole cycle.
+        by_cell: fit each cell's own climatology too (grids).
     """
 
     source: str
@@ -30,6 +32,7 @@ class TrainingStatistics:
     levels: tuple[float, ...]
     num_year: int
     num_day: int
+    by_cell: bool = False
     _sums: list[_Sums] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +51,8 @@ class TrainingStatistics:
             )
             known = sample.valid[:, number].reshape(sample.num_times, -1).any(axis=1)
             sums.cover(sample, np.flatnonzero(known))
+            if self.by_cell:
+                sums.add_cells(sample, number, values=values, design=design)
 
     def finish(self) -> dict[str, ChannelStatistics]:
         """Statistics by channel, in transformed units.
@@ -78,6 +83,7 @@ class _Sums:
         self.moment = np.zeros(size)
         self.year_bins = np.zeros(BINS, bool)
         self.day_bins = np.zeros(BINS, bool)
+        self.tiles: dict[bytes, _Tile] = {}
 
     def add(self, values: np.ndarray, valid: np.ndarray, *, design: np.ndarray) -> None:
         """values, valid (time, cell); design (time, coefficient)."""
@@ -105,6 +111,13 @@ class _Sums:
         self.year_bins[(sample.year_phase[seen] * BINS).astype(int)] = True
         self.day_bins[(sample.day_phase[seen] * BINS).astype(int)] = True
 
+    def add_cells(self, sample: Sample, number: int, *, values: np.ndarray, design: np.ndarray) -> None:
+        """Sums of each cell of a stretch; stretches of the same places go to the same sums."""
+        place = place_number(sample.latitude, sample.longitude).ravel()
+        tile = self.tiles.setdefault(place.tobytes(), _Tile(place, design.shape[1]))
+        valid = sample.valid[:, number].reshape(sample.num_times, -1)
+        tile.add(values.reshape(valid.shape), valid, design=design)
+
     def statistics(self, num_year: int, num_day: int) -> ChannelStatistics:
         """The channel's statistics; a cycle that the split does not cover has no harmonics (they would extrapolate)."""
         kept_year = num_year if _covered(self.year_bins) else 0
@@ -127,7 +140,40 @@ class _Sums:
             climatology=tuple(float(c) for c in coefficients),
             minimum=self.minimum,
             maximum=self.maximum,
+            cells=self._cells(columns) if len(columns) > 1 else None,
         )
+
+    def _cells(self, columns: list[int]) -> CellClimatology | None:
+        """Each cell's own climatology; a cell that was seen in two tiles keeps the first."""
+        fitted = [tile.fit(columns) for tile in self.tiles.values()]
+        if not sum(len(place) for place, _ in fitted):
+            return None
+        place, first = np.unique(np.concatenate([place for place, _ in fitted]), return_index=True)
+        coefficients = np.concatenate([coefficients for _, coefficients in fitted])[first]
+        return CellClimatology(place=place, coefficients=coefficients.astype(np.float32))
+
+
+class _Tile:
+    """Normal equations of every cell of a tile."""
+
+    def __init__(self, place: np.ndarray, size: int) -> None:
+        self.place = place
+        self.normal = np.zeros((len(place), size, size))
+        self.moment = np.zeros((len(place), size))
+
+    def add(self, values: np.ndarray, valid: np.ndarray, *, design: np.ndarray) -> None:
+        """values, valid (time, cell); design (time, coefficient)."""
+        seen = valid.astype(np.float64)
+        products = design[:, :, None] * design[:, None, :]  # t i j
+        self.normal += np.einsum("tc,tij->cij", seen, products, optimize=True)
+        self.moment += np.where(valid, values, 0.0).T @ design
+
+    def fit(self, columns: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Places and coefficients of the cells seen often enough for `columns` of the design."""
+        count = self.normal[:, 0, 0]
+        kept = np.flatnonzero(count >= _PER_COEFFICIENT * len(columns))
+        normal = self.normal[kept][:, columns][:, :, columns] + 1e-9 * count[kept, None, None] * np.eye(len(columns))
+        return self.place[kept], np.linalg.solve(normal, self.moment[kept][:, columns, None])[..., 0]
 
 
 def _covered(bins: np.ndarray) -> bool:

@@ -13,9 +13,9 @@ import numpy as np
 
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample, SampleError
-from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.statistics import SourceStatistics, statistics_from_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
 
 # One row per stretch. Offsets are those of an array's first byte in the shard (-1: no such member); `checksum_*` are
@@ -69,7 +69,7 @@ class Store:
 
     path: Path
     manifest: dict[str, Any]
-    statistics: dict[str, dict[str, ChannelStatistics]]
+    statistics: dict[str, SourceStatistics]
     _records: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
     _files: dict[Path, int] = field(default_factory=dict, repr=False)
 
@@ -88,11 +88,7 @@ class Store:
                 f"{FORMAT_VERSION}; build it again with `sci-gpt build`"
             )
         rows = _read_json(path / "statistics.json", path)
-        statistics = {
-            source: {channel: ChannelStatistics.from_json(row) for channel, row in channels.items()}
-            for source, channels in rows.items()
-        }
-        return cls(path=path, manifest=manifest, statistics=statistics)
+        return cls(path=path, manifest=manifest, statistics=statistics_from_json(rows))
 
     @property
     def fingerprint(self) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sci_gpt.model.inputs import PayloadInputs
 from sci_tokenizers.autoregression import HORIZONS
+from sci_tokenizers.memory import MEMORIES
 from sci_tokenizers.packing import QUESTION_FEATURES, TOKEN_FEATURES
-from sci_tokenizers.tokenizer import MEMORIES
 
 # Periodic quantities by period; the others are logarithms or lengths, seen through a few slow waves and as they are.
 _PERIOD = {

@@ -13,10 +13,12 @@ from sci_gpt.model.embed import QuestionEmbedding
 from sci_gpt.model.inputs import PayloadInputs
 from sci_gpt.model.layers import RMSNorm
 from sci_tokenizers.autoregression import HORIZONS
-from sci_tokenizers.tokenizer import MEMORIES
+from sci_tokenizers.memory import MEMORIES
 
-START_LEAN = 0.25  # of the last value against the record's own forecast, before training
-CAUTION = 0.4  # logarithm by which a spread is wider than the anchor's own errors, before training
+# Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of grids or series
+# starts at persistence, one of traces at 0.85 of its own autoregression.
+START_LEAN = {"grid": 1.0, "series": 1.0, "trace": 0.15}
+_FARTHEST = 8.0  # spreads of the anchor; a last value farther away counts as this far
 LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic of scale 1
 
 
@@ -65,41 +67,43 @@ class Head(nn.Module):
         return self.out(torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1))
 
 
-def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor) -> Tensor:
+def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor, start: float) -> Tensor:
     """Anchor + spread x (what the head leans on + correction), (U, V, K).
 
-    Differences are counted in the anchor's spreads and compressed beyond one, so that a record which its own past
-    foretells
+    Differences are counted in the anchor's spreads and compressed or cut, so that a record which its own past foretells
     within a hundredth of its changes does not drown the gradient of the others.
 
     Args:
         payload: of the modality.
         correction: (U, V, K), 0 at the start.
-        lean: (U, V, 1 + J): weight of the last value against the anchor (START_LEAN at the start), then of each memory.
+        lean: (U, V, 1 + J): what is added to `start`, then the weight of each memory; 0 before training.
+        start: weight of the last value against the anchor, see START_LEAN.
     """
     token, spread = payload.unit_token, payload.unit_spread.exp()
-    away = torch.asinh((payload.last[token] - payload.unit_anchor) / spread)
+    leans = lean.shape[-1] - payload.memory.shape[-1]  # one, or one per component
+    away = ((payload.last[token] - payload.unit_anchor) / spread).clamp(-_FARTHEST, _FARTHEST)
     memory = torch.asinh(payload.memory[token] / spread[..., None])
-    leaning = (START_LEAN + lean[..., :1]) * away + torch.einsum("uvkj,uvj->uvk", memory, lean[..., 1:])
+    leaning = (start + lean[..., :leans]) * away + torch.einsum("uvkj,uvj->uvk", memory, lean[..., leans:])
     return payload.unit_anchor + spread * (leaning + correction)
 
 
 def _spread(payload: PayloadInputs, log_spread: Tensor, *, recent: Tensor) -> Tensor:
-    """Logarithm of the spread, (U, V, K): the anchor's own, made wider by CAUTION at the start.
+    """Logarithm of the spread, (U, V, K): the anchor's own at the start.
 
     Recent errors may move it, and it may be drawn towards the scale of the document: a spread seen in a short past
         is noisy.
     """
     moved = torch.einsum("uvh,uvh->uv", payload.volatility[payload.unit_token], recent[..., 1:])[..., None]
     drawn = payload.unit_spread.clamp(-2.0, 2.0) * recent[..., :1]
-    return payload.unit_spread + (CAUTION + drawn + moved + log_spread).clamp(-6.0, 6.0)
+    return payload.unit_spread + (drawn + moved + log_spread).clamp(-6.0, 6.0)
 
 
 class GaussianHead(nn.Module):
     """Head of grids and traces: a location and a spread per value."""
 
-    def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int) -> None:
+    def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int, start: float) -> None:
         super().__init__()
+        self.start_lean = start
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
 
@@ -107,7 +111,8 @@ class GaussianHead(nn.Module):
         """(N, width) to (U, V, K) predictions."""
         correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
         return GaussianPrediction(
-            mean=_located(payload, correction, lean=lean), log_spread=_spread(payload, log_spread, recent=recent)
+            mean=_located(payload, correction, lean=lean, start=self.start_lean),
+            log_spread=_spread(payload, log_spread, recent=recent),
         )
 
 
@@ -116,7 +121,8 @@ class MixtureHead(nn.Module):
 
     def __init__(self, width: int, num_variables: int, *, components: int) -> None:
         super().__init__()
-        self.sizes = [components, components, components, 1 + len(MEMORIES), 1 + len(HORIZONS)]
+        self.start_lean = START_LEAN["series"]
+        self.sizes = [components, components, components, components + len(MEMORIES), 1 + len(HORIZONS)]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)
@@ -127,6 +133,6 @@ class MixtureHead(nn.Module):
         spread = _spread(payload, log_spread, recent=recent)[:, 0]
         return MixturePrediction(
             log_weight=torch.log_softmax(logit[:, 0], dim=-1),
-            mean=_located(payload, self.start + correction, lean=lean)[:, 0],
+            mean=_located(payload, self.start + correction, lean=lean, start=self.start_lean)[:, 0],
             log_spread=spread - LOGISTIC,
         )

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
-from sci_gpt.model.heads import GaussianHead, MixtureHead, Prediction
+from sci_gpt.model.heads import START_LEAN, GaussianHead, MixtureHead, Prediction
 from sci_gpt.model.inputs import ModelInputs
 from sci_gpt.model.layers import Block, RMSNorm, Rotary
 from sci_gpt.model.shapes import ModelShape
-from sci_tokenizers.tokenizer import MEMORIES, TokenizerSettings
+from sci_tokenizers.memory import MEMORIES
+from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.variables import VARIABLES
 
 
@@ -49,9 +50,13 @@ class SciGPT(nn.Module):
         self.norm = RMSNorm(width)
         self.heads = nn.ModuleDict(
             {
-                "grid": GaussianHead(width, rows, num_values=values["grid"], num_memories=len(MEMORIES)),
+                "grid": GaussianHead(
+                    width, rows, num_values=values["grid"], num_memories=len(MEMORIES), start=START_LEAN["grid"]
+                ),
                 "series": MixtureHead(width, rows, components=settings.mixture_components),
-                "trace": GaussianHead(width, rows, num_values=values["trace"], num_memories=0),
+                "trace": GaussianHead(
+                    width, rows, num_values=values["trace"], num_memories=0, start=START_LEAN["trace"]
+                ),
             }
         )
 

@@ -273,6 +273,7 @@ def _empty_statistics(config: DataConfig, sample: Sample) -> TrainingStatistics:
         levels=sample.levels,
         num_year=config.climatology_year_harmonics if cyclic else 0,
         num_day=config.climatology_day_harmonics if cyclic else 0,
+        by_cell=sample.modality == "grid",
     )
 
 

@@ -54,11 +54,10 @@ def export_model(checkpoint: Path, folder: Path, *, manifest: Mapping[str, Any])
 
 def card(config: PretrainConfig, description: Mapping[str, Any], *, manifest: Mapping[str, Any]) -> str:
     """The model card in Markdown: what it is, its data with licences, intended use, limits."""
-    tokens = config.row_length * config.rows_per_step
     lines = [
         f"# {config.tracking.registered_model or config.name}",
         "",
-        f"SciGPT, {description['num_parameters']:,} parameters, {description['step']} steps of {tokens:,} tokens, "
+        f"SciGPT, {description['num_parameters']:,} parameters, {_steps(config, description['step'])} tokens, "
         f"seed {config.seed}, code {description['code_version']}, data fingerprint `{description['fingerprint']}`.",
         "",
         "## Data",
@@ -90,3 +89,15 @@ def card(config: PretrainConfig, description: Mapping[str, Any], *, manifest: Ma
         "",
     ]
     return "\n".join(lines)
+
+
+def _steps(config: PretrainConfig, step: int) -> str:
+    """What the steps were made of: "100 steps of 3,584, then 50 of 8,192"."""
+    taken: list[str] = []
+    start = 0
+    for phase in config.phases:
+        if start < step or not taken:
+            steps = f"{min(phase.until_step, step) - start}{'' if taken else ' steps'}"
+            taken.append(f"{steps} of {phase.row_length * phase.rows_per_step:,}")
+        start = phase.until_step
+    return ", then ".join(taken)

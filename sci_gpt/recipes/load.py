@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig, parse_config
 from sci_gpt.errors import CheckpointError, ConfigError, DataError, UnlikeTrainingWarning
+from sci_gpt.model.heads import GaussianHead, MixtureHead
 from sci_gpt.model.init import initialize
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
@@ -29,7 +30,7 @@ from sci_gpt.recipes.film_grid import tiles
 from sci_gpt.recipes.films import film_kind
 from sci_gpt.train.checkpoint import latest, read_state, read_weights
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.statistics import ChannelStatistics
+from sci_tokenizers.statistics import ChannelStatistics, statistics_from_json
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.variables import VARIABLES, nearest
 
@@ -89,6 +90,14 @@ class LoadedModel:
         initialize(model, self.config.seed)
         predictor = Predictor(model.eval(), parts.tokenizer_settings(self.config), statistics=self.statistics)
         return replace(self, model=model, predictor=predictor, step=0)
+
+    def anchor(self) -> LoadedModel:
+        """What the heads correct, alone: linear priors and autoregressions, nothing learned by gradients."""
+        one = self.untrained()
+        for head in one.model.heads.values():
+            assert isinstance(head, GaussianHead | MixtureHead)
+            head.start_lean = 0.0
+        return one
 
     def forecast(
         self,
@@ -214,7 +223,8 @@ class LoadedModel:
         context = sample.window(sample.num_times - num_context * frame_times, sample.num_times)
         if not context.valid.any():
             raise DataError(
-                f"{sample.key}: none of the last {context.num_times} time steps holds a valid value; mend the data"
+                f"{sample.key}: none of the last {context.num_times} time steps holds a valid value; give a "
+                "record that has values there"
             )
         num_leads = -(-horizon // frame_times)
         window = film.extend(context, num_leads * frame_times)
@@ -281,10 +291,7 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
         CheckpointError: the weights are not those of the model that the state describes.
     """
     config = parse_config(dict(state["config"]), PretrainConfig, where=where)
-    statistics = {
-        source: {channel: ChannelStatistics.from_json(row) for channel, row in channels.items()}
-        for source, channels in state["statistics"].items()
-    }
+    statistics = statistics_from_json(state["statistics"])
     known = list(state.get("variables", VARIABLES))
     if known != list(VARIABLES)[: len(known)]:
         raise CheckpointError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sci_gpt.config import PretrainConfig
+from sci_gpt.data.curriculum import Curriculum, Phase
+from sci_gpt.data.store import Store
 from sci_gpt.data.windows import WindowSpec
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.shapes import SHAPES, ModelShape
 from sci_gpt.model.transformer import ModelSettings
 from sci_gpt.parallel.engine import AdamWSettings
 from sci_gpt.parallel.plan import ParallelPlan
-from sci_gpt.train.feed import Rows
+from sci_gpt.train.feed import Place
 from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.tracker import TrackingTarget
 from sci_tokenizers.tokenizer import TokenizerSettings
@@ -23,8 +26,38 @@ def tokenizer_settings(config: PretrainConfig) -> TokenizerSettings:
 
 
 def window_specs(config: PretrainConfig) -> tuple[WindowSpec, ...]:
-    """The mixture's windows."""
+    """The windows of every source, as its last phase has them."""
     return tuple(WindowSpec(**entry.model_dump()) for entry in config.mixture)
+
+
+def phases(config: PretrainConfig) -> tuple[Phase, ...]:
+    """The run's phases."""
+    return tuple(
+        Phase(
+            until_step=phase.until_step,
+            rows=phase.rows_per_step,
+            row_length=phase.row_length,
+            specs=tuple(WindowSpec(**entry.model_dump()) for entry in phase.mixture),
+        )
+        for phase in config.phases
+    )
+
+
+def curriculum(config: PretrainConfig, store: Store, *, starts: Sequence[int] = (0,)) -> Curriculum:
+    """The run's samples, `starts` as a checkpoint has them.
+
+    Raises:
+        DataError: the store has not what the phases ask for, or a document is longer than a row.
+    """
+    return Curriculum(
+        store,
+        phases(config),
+        seed=config.seed,
+        settings=tokenizer_settings(config),
+        shuffle_block=config.shuffle_block,
+        shuffle_time=config.shuffle_time,
+        starts=starts,
+    )
 
 
 def model_shape(config: PretrainConfig) -> ModelShape:
@@ -76,24 +109,19 @@ def tracking_target(config: PretrainConfig) -> TrackingTarget:
     )
 
 
-def step_rows(config: PretrainConfig, *, rank: int) -> Rows:
-    """A rank's place in the rows of a step."""
-    return Rows(
-        rows=config.rows_per_step,
-        row_length=config.row_length,
-        rank=rank,
-        world=config.parallel.processes,
-        accumulation=config.parallel.accumulation,
-    )
+def place(config: PretrainConfig, *, rank: int) -> Place:
+    """A rank's place in the layout."""
+    return Place(rank=rank, world=config.parallel.processes, accumulation=config.parallel.accumulation)
 
 
 def identity(config: PretrainConfig, fingerprint: str) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint: all that decides its samples, its model and its loss.
 
-    Schedule, optimizer and layout are free: a run may be prolonged, or go on over more processes.
+    Schedule, optimizer and layout are free: a run may be prolonged, or go on over more processes. So are the phases
+    that lie ahead of a checkpoint (`resume.eaten`).
     """
     tree = config.model_dump(mode="json")
-    names = ("seed", "mixture", "row_length", "rows_per_step", "shuffle_time", "tokenizer", "model", "loss_factor")
+    names = ("seed", "phases", "shuffle_block", "shuffle_time", "tokenizer", "model", "loss_factor")
     return {"fingerprint": fingerprint} | {name: tree[name] for name in names}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
-from sci_gpt.config import MixtureEntry, PretrainConfig
+from sci_gpt.config import MixtureEntry, PhaseConfig, PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.model.loss import flops_per_token
 from sci_gpt.model.transformer import SciGPT
@@ -23,10 +24,16 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 
     Returns:
         parameters: by part (context, embed, blocks, norm, heads) and total.
-        tokens_per_step, rows_per_process, tokens_per_process: positions, the fill is below 1.
-        bytes_per_process: weights, gradients and optimizer (ZeRO's arithmetic), activations (an estimate).
-        flops_per_step, checkpoint_bytes.
-        seconds_per_step_at_least: FLOPs / what a matrix product of this width reaches on one process here, now.
+        phases: of each, until_step, tokens_per_step, rows_per_process, tokens_per_process (positions, the fill is below
+            1), activation_bytes, flops_per_step, seconds_per_step_at_least.
+        tokens_per_step, rows_per_process, tokens_per_process, flops_per_step, seconds_per_step_at_least: the largest of
+            the phases.
+        tokens_per_run, flops_per_run, seconds_per_run_at_least: over all steps.
+        bytes_per_process: weights, gradients and optimizer (ZeRO's arithmetic), activations of the largest phase (an
+            estimate).
+        checkpoint_bytes.
+
+    Seconds are FLOPs / what a matrix product of this width reaches on one process here, now.
 
     Raises:
         ConfigError, DataError: an unknown size, a layout that gives wrong numbers, no store.
@@ -39,30 +46,33 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         part = name.partition(".")[0]
         by_part[part] = by_part.get(part, 0) + parameter.numel()
     total = sum(by_part.values())
-    places = layout.data_parallel * layout.accumulation
-    rows = -(-config.rows_per_step // places)
     states = {
         stage: model_state_bytes(total, layout.data_parallel, stage, dtype=layout.dtype) for stage in (0, 1, 2, 3)
     }
-    activations = activation_bytes(shape, rows * config.row_length, dtype=layout.dtype)
-    flops = _flops_per_step(config, model)
+    phases = [_phase(config, phase, model=model) for phase in config.phases]
+    largest = {name: max(phase[name] for phase in phases) for name in phases[0]}
+    activations = largest["activation_bytes"]
+    steps = np.diff([0, *(phase.until_step for phase in config.phases)])
+    run = {
+        name: sum(int(count) * phase[f"{name}_per_step{end}"] for count, phase in zip(steps, phases, strict=True))
+        for name, end in (("tokens", ""), ("flops", ""), ("seconds", "_at_least"))
+    }
     return {
         "name": config.name,
         "parameters": by_part | {"total": total},
         "processes": layout.data_parallel,
         "zero_stage": layout.zero_stage,
-        "tokens_per_step": config.rows_per_step * config.row_length,
-        "rows_per_process": rows * layout.accumulation,
-        "tokens_per_process": rows * layout.accumulation * config.row_length,
-        "tokens_per_run": config.rows_per_step * config.row_length * config.schedule.steps,
+        "phases": phases,
+        **{name: value for name, value in largest.items() if name not in ("until_step", "activation_bytes")},
+        "tokens_per_run": run["tokens"],
+        "flops_per_run": run["flops"],
+        "seconds_per_run_at_least": run["seconds"],
         "bytes_per_process": {
             "model_states": states[layout.zero_stage],
             "activations": activations,
             "total": states[layout.zero_stage] + activations,
         },
         "model_state_bytes_by_zero_stage": {str(stage): value for stage, value in states.items()},
-        "flops_per_step": flops,
-        "seconds_per_step_at_least": flops / layout.data_parallel / _matmul_rate(shape.width, config),
         "checkpoint_bytes": _CHECKPOINT_BYTES * total,
     }
 
@@ -71,28 +81,51 @@ def describe(result: dict[str, Any]) -> str:
     """The plan as lines for a person."""
     megabytes = {name: value / 1e6 for name, value in result["bytes_per_process"].items()}
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items() if name != "total")
-    return "\n".join(
-        [
-            f"{result['name']}: {result['parameters']['total']:,} parameters ({parameters})",
-            f"tokens per step      {result['tokens_per_step']:,} (per process {result['tokens_per_process']:,})",
-            f"tokens of the run    {result['tokens_per_run']:,}",
-            f"layout               {result['processes']} processes, ZeRO {result['zero_stage']}",
-            f"memory per process   {megabytes['model_states']:.1f} MB model states + {megabytes['activations']:.1f} MB "
-            "activations (estimate); Python and its libraries take about 500 MB more",
-            f"FLOPs per step       {result['flops_per_step']:.3g}",
-            f"seconds per step     at least {result['seconds_per_step_at_least']:.3f} (a matrix product's rate here)",
-            f"checkpoint           {result['checkpoint_bytes'] / 1e6:.1f} MB",
+    several = len(result["phases"]) > 1
+    lines = [f"{result['name']}: {result['parameters']['total']:,} parameters ({parameters})"]
+    for phase in result["phases"]:
+        lines += [f"phase to step {phase['until_step']}"] if several else []
+        lines += [
+            f"tokens per step      {phase['tokens_per_step']:,} (per process {phase['tokens_per_process']:,})",
+            f"FLOPs per step       {phase['flops_per_step']:.3g}",
+            f"seconds per step     at least {phase['seconds_per_step_at_least']:.3f} (a matrix product's rate here)",
         ]
-    )
+    lines += [
+        "the run" if several else "",
+        f"tokens of the run    {result['tokens_per_run']:,}",
+        f"FLOPs of the run     {result['flops_per_run']:.3g}, at least {result['seconds_per_run_at_least']:,.0f} s",
+        f"layout               {result['processes']} processes, ZeRO {result['zero_stage']}",
+        f"memory per process   {megabytes['model_states']:.1f} MB model states + {megabytes['activations']:.1f} MB "
+        f"activations (estimate{', of the largest phase' if several else ''}); Python and its libraries take about "
+        "500 MB more",
+        f"checkpoint           {result['checkpoint_bytes'] / 1e6:.1f} MB",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
-def _flops_per_step(config: PretrainConfig, model: SciGPT) -> float:
+def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict[str, Any]:
+    layout, shape = parts.parallel_plan(config), model.shape
+    rows = -(-phase.rows_per_step // (layout.data_parallel * layout.accumulation))
+    flops = _flops_per_step(config, phase, model=model)
+    rate = _matmul_rate(shape.width, phase.row_length, threads=config.parallel.threads_per_process)
+    return {
+        "until_step": phase.until_step,
+        "tokens_per_step": phase.rows_per_step * phase.row_length,
+        "rows_per_process": rows * layout.accumulation,
+        "tokens_per_process": rows * layout.accumulation * phase.row_length,
+        "activation_bytes": activation_bytes(shape, rows * phase.row_length, dtype=layout.dtype),
+        "flops_per_step": flops,
+        "seconds_per_step_at_least": flops / layout.data_parallel / rate,
+    }
+
+
+def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> float:
     """6 x parameters x tokens of the trunk, attention, and 6 x parameters of a modality's own parts for its tokens."""
     store, settings = Store.open(config.data), parts.tokenizer_settings(config)
     tables = ("variable", "variable_gain", "variable_bias")  # looked up, not multiplied
-    weight = sum(entry.weight for entry in config.mixture)
+    weight = sum(entry.weight for entry in phase.mixture)
     per_token = 0.0
-    for entry in config.mixture:
+    for entry in phase.mixture:
         modality = store.modality(entry.source)
         length = entry.frames * make_tokenizer(modality, settings).num_slots(store.shape(entry.source))
         share = entry.weight / weight
@@ -106,7 +139,7 @@ def _flops_per_step(config: PretrainConfig, model: SciGPT) -> float:
             per_token += share * 6.0 * multiplied * times
         per_token += share * flops_per_token(model.shape, length)
     per_token += 6.0 * sum(parameter.numel() for parameter in model.context.parameters())
-    return per_token * config.rows_per_step * config.row_length
+    return per_token * phase.rows_per_step * phase.row_length
 
 
 def _asking_share(entry: MixtureEntry) -> float:
@@ -114,16 +147,16 @@ def _asking_share(entry: MixtureEntry) -> float:
     return 1.0 - (sum(entry.context_frames) / 2 - 1) / entry.frames
 
 
-def _matmul_rate(width: int, config: PretrainConfig) -> float:
+def _matmul_rate(width: int, tokens: int, *, threads: int) -> float:
     """FLOPs per second of (tokens, width) x (width, 4 width) on this machine with a process's threads; takes 0.2 s."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.parallel.threads_per_process)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        left, right = torch.ones(config.row_length, width), torch.ones(width, 4 * width)
+        left, right = torch.ones(tokens, width), torch.ones(width, 4 * width)
         begun, count = time.perf_counter(), 0
         while time.perf_counter() - begun < 0.2:
             left @ right
             count += 1
-        return 8.0 * config.row_length * width * width * count / (time.perf_counter() - begun)
+        return 8.0 * tokens * width * width * count / (time.perf_counter() - begun)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sci_gpt.config import PretrainConfig, load_config, show_config
-from sci_gpt.data.loader import Corpus, packing_report
+from sci_gpt.data.curriculum import Curriculum
+from sci_gpt.data.loader import packing_report
 from sci_gpt.data.splits import check_window
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
@@ -21,6 +22,7 @@ from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.worker import refusing
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
+from sci_gpt.recipes.priors import store_with_priors
 from sci_gpt.recipes.validation import Validation
 from sci_gpt.train import fragments
 from sci_gpt.train.checkpoint import Reader, step_folder
@@ -29,10 +31,11 @@ from sci_gpt.train.feed import Prefetch, StepReader
 from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.resume import code_version, where_to_go_on
-from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker
+from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker, write_whole
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.tracker import Tracker
 from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
+from sci_tokenizers.statistics import statistics_to_json
 from sci_tokenizers.variables import VARIABLES
 
 _BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
@@ -46,28 +49,28 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     """
     store = Store.open(config.data)
     tokenizer = parts.tokenizer_settings(config)
-    corpus = Corpus(
-        store, parts.window_specs(config), seed=config.seed, settings=tokenizer, shuffle_time=config.shuffle_time
-    )
-    _refuse_long_windows(corpus)
     plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
     identity = parts.identity(config, store.fingerprint)
     start = where_to_go_on(config.output, identity)
+    curriculum = parts.curriculum(config, store, starts=start.phase_starts)
+    _refuse_long_windows(curriculum)
     model = build_model(parts.model_shape(config), parts.model_settings(config))
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     world = World.start(threads=config.parallel.threads_per_process)
     initialize(model, config.seed)
+    store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
+    curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
     engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
         writer = _open_run(config, world, stack=stack, step=start.step)
-        reader = StepReader(corpus, parts.step_rows(config, rank=world.rank), settings=tokenizer)
-        tracker = None
+        reader = StepReader(curriculum, parts.place(config, rank=world.rank), settings=tokenizer)
+        state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
-            _introduce(config, corpus, num_parameters=num_parameters, checkpoint=start.checkpoint)
+            _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=Progress(schedule.steps), tracker=tracker)
         trainer = Trainer(
@@ -76,10 +79,10 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 feed=Prefetch(reader),
                 objective=NextFrame(settings=tokenizer, device=world.device),
                 journal=journal,
-                save=_saver(writer, engine, state=_state(config, store, identity=identity), tracker=tracker),
+                save=_saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker),
                 validate=validation,
                 requests=requests,
-                name=reader.name,
+                name=curriculum.name,
             ),
             Settings(
                 schedule=schedule,
@@ -100,10 +103,10 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     return outcome
 
 
-def _refuse_long_windows(corpus: Corpus) -> None:
+def _refuse_long_windows(curriculum: Curriculum) -> None:
     """A window longer than the gap between the splits would join training and held-out times."""
-    for windows in corpus.windows:
-        check_window(corpus.store, windows.spec.source, num_times=windows.spec.frames * windows.frame_times)
+    for windows in (windows for corpus in curriculum.corpora for windows in corpus.windows):
+        check_window(curriculum.store, windows.spec.source, num_times=windows.spec.frames * windows.frame_times)
 
 
 def _refuse_full_disk(config: PretrainConfig, num_parameters: int) -> None:
@@ -126,7 +129,7 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     if world.rank == 0:
         stack.enter_context(locked(config.output))
         cut_back(config.output, step)
-        (config.output / CONFIG).write_text(show_config(config), encoding="utf-8")
+        write_whole(config.output / CONFIG, show_config(config))
         for folder in CheckpointWriter.remove_torn(config.output):
             print(
                 f"warning: {folder} is torn (a save that never finished): ignored and removed",
@@ -139,15 +142,17 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     )
 
 
-def _introduce(config: PretrainConfig, corpus: Corpus, *, num_parameters: int, checkpoint: Path | None) -> None:
-    packing = packing_report(corpus, rows=config.rows_per_step, row_length=config.row_length)
-    facts = [
-        f"{config.name}: {num_parameters:,} parameters",
-        f"{config.rows_per_step} rows x {config.row_length} tokens per step",
-        f"{100 * packing['mixed_rows']:.0f} % of rows hold two or more modalities",
-        f"fill {100 * packing['fill']:.1f} %",
-        f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}",
-    ]
+def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, checkpoint: Path | None) -> None:
+    facts = [f"{config.name}: {num_parameters:,} parameters"]
+    for phase, corpus in zip(curriculum.phases, curriculum.corpora, strict=True):
+        packing = packing_report(corpus, rows=phase.rows, row_length=phase.row_length)
+        until = f"to step {phase.until_step}: " if len(curriculum.phases) > 1 else ""
+        facts += [
+            f"{until}{phase.rows} rows x {phase.row_length} tokens per step",
+            f"{100 * packing['mixed_rows']:.0f} % of rows hold two or more modalities",
+            f"fill {100 * packing['fill']:.1f} %",
+        ]
+    facts.append(f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}")
     print(" | ".join(facts), flush=True)
     if checkpoint is not None:
         print(f"resumes from {checkpoint}", flush=True)
@@ -174,10 +179,7 @@ def _state(config: PretrainConfig, store: Store, *, identity: dict[str, Any]) ->
         "fingerprint": store.fingerprint,
         "code_version": code_version(),
         "variables": list(VARIABLES),
-        "statistics": {
-            source: {channel: row.to_json() for channel, row in channels.items()}
-            for source, channels in store.statistics.items()
-        },
+        "statistics": statistics_to_json(store.statistics),
         "sources": {
             source: {
                 "modality": store.modality(source),
@@ -191,12 +193,18 @@ def _state(config: PretrainConfig, store: Store, *, identity: dict[str, Any]) ->
 
 
 def _saver(
-    writer: CheckpointWriter, engine: Engine, *, state: dict[str, Any], tracker: Tracker | None
+    writer: CheckpointWriter,
+    engine: Engine,
+    *,
+    state: dict[str, Any],
+    starts: Callable[[int], tuple[int, ...]],
+    tracker: Tracker | None,
 ) -> Callable[[int, int], None]:
     def save(step: int, next_sample: int) -> None:
         changing = {
             "step": step,
             "next_sample": next_sample,
+            "phase_starts": list(starts(step)),
             "schedule": state["config"]["schedule"] | {"completed": step},
             "mlflow_run": tracker.run_id if tracker is not None else None,
         }

@@ -9,6 +9,7 @@ import shutil
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,11 @@ class CheckpointWriter:
         """Free this rank's share of the disk and leave a note that rank 0 finds at once instead of waiting."""
         for path in folder.glob(f"rank-{self.rank:05d}.*"):
             path.unlink(missing_ok=True)
-        try:
-            (folder / f"rank-{self.rank:05d}.failed").write_text(f"{self.session}\n{error}", encoding="utf-8")
-        except OSError as second:  # rank 0 then waits for its whole bound before it gives up
-            print(f"rank {self.rank}: no note of the failed save could be left either: {second}", flush=True)
+        with suppress(OSError):  # on a full disk the note stays empty, and its name says enough
+            self._failure_note(folder, self.rank).write_text(str(error), encoding="utf-8")
+
+    def _failure_note(self, folder: Path, rank: int) -> Path:
+        return folder / f"rank-{rank:05d}.failed-{self.session}"
 
     def _commit(
         self, folder: Path, step: int, *, holding: Holding, state: Mapping[str, Any], own_failure: OSError | None
@@ -140,9 +142,9 @@ class CheckpointWriter:
                 if path.exists() and (part := json.loads(path.read_bytes()))["session"] == self.session:
                     parts[rank] = {"file": path.name, "sha256": file_sha256(path)}
                     steps |= set() if part["adam_step"] is None else {float(part["adam_step"])}
-                failure = folder / f"rank-{rank:05d}.failed"
-                if failure.exists() and (note := failure.read_text(encoding="utf-8")).startswith(self.session):
-                    failures[rank] = note.partition("\n")[2]
+                note = self._failure_note(folder, rank)
+                if note.exists():
+                    failures[rank] = note.read_text(encoding="utf-8") or "it could not write its part"
             if len(parts) + len(failures) < self.size:
                 if time.monotonic() > deadline:
                     missing = sorted(set(range(self.size)) - parts.keys() - failures.keys())

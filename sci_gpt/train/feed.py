@@ -11,6 +11,7 @@ from typing import get_args
 
 import numpy as np
 
+from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.loader import Corpus, StepPlan, deal, plan_step
 from sci_gpt.errors import DataError
 from sci_tokenizers.packing import Batch, Payload, collate
@@ -44,39 +45,37 @@ class StepRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """A rank's place and the size of a step: rows and row length belong to the run, the rest to the layout."""
+class Place:
+    """A rank's place in the layout: rows and row length belong to the run's phases."""
 
-    rows: int
-    row_length: int
     rank: int
     world: int
     accumulation: int
 
 
 class StepReader:
-    """Reads the rows of a step for one rank; a pure function of n(t)."""
+    """Reads the rows of a step for one rank; a pure function of (t, n(t)) and where the phases began."""
 
-    def __init__(self, corpus: Corpus, rows: Rows, *, settings: TokenizerSettings) -> None:
-        self.corpus, self.rows = corpus, rows
+    def __init__(self, curriculum: Curriculum, place: Place, *, settings: TokenizerSettings) -> None:
+        self.curriculum, self.place = curriculum, place
         self._empty = empty_payloads(settings)
 
-    def __call__(self, n: int) -> StepRows:
-        """The step that starts at sample n.
+    def __call__(self, step: int, n: int) -> StepRows:
+        """The step that follows `step` completed ones and starts at sample n.
 
         Raises:
             DataError: a document is longer than a row.
         """
-        rows = self.rows
-        plan = plan_step(self.corpus, n, rows=rows.rows, row_length=rows.row_length)
-        cost = [sum(self.corpus.length(i) ** 2 for i in row) for row in plan.rows]
+        phase, corpus = self.curriculum.at(step, n)
+        place, plan = self.place, plan_step(corpus, n, rows=phase.rows, row_length=phase.row_length)
+        cost = [sum(corpus.length(i) ** 2 for i in row) for row in plan.rows]
         # Each rank stands for `accumulation` neighbouring places among world x accumulation.
-        places = rows.world * rows.accumulation
-        shares = [deal(plan, rank=place, world=places, cost=cost) for place in range(places)]
-        mine = shares[rows.rank * rows.accumulation : (rows.rank + 1) * rows.accumulation]
+        places = place.world * place.accumulation
+        shares = [deal(plan, rank=number, world=places, cost=cost) for number in range(places)]
+        mine = shares[place.rank * place.accumulation : (place.rank + 1) * place.accumulation]
         batches, passed_over = [], 0
         for share in mine:
-            batch, missing = self._batch(plan, share)
+            batch, missing = self._batch(corpus, plan, share=share)
             batches.append(batch)
             passed_over += missing
         numbers = [tuple(i for row in share for i in row) for share in shares]
@@ -87,19 +86,14 @@ class StepReader:
             samples=tuple(i for batch in batches for i in batch.numbers),
             keys=tuple(key for batch in batches for key in batch.keys),
             dealt=tuple(
-                tuple(i for share in numbers[r * rows.accumulation : (r + 1) * rows.accumulation] for i in share)
-                for r in range(rows.world)
+                tuple(i for share in numbers[r * place.accumulation : (r + 1) * place.accumulation] for i in share)
+                for r in range(place.world)
             ),
-            num_tokens=sum(self.corpus.length(i) for row in plan.rows for i in row),
+            num_tokens=sum(corpus.length(i) for row in plan.rows for i in row),
             passed_over=passed_over,
         )
 
-    def name(self, n: int) -> str:
-        """A sample number with its source and window, for messages (nothing is read)."""
-        source, window, _ = self.corpus.order.sample(n)
-        return f"sample {n} ({self.corpus.specs[source].source} window {window})"
-
-    def _batch(self, plan: StepPlan, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, int]:
+    def _batch(self, corpus: Corpus, plan: StepPlan, *, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, int]:
         documents: list[list[Tokens]] = []
         numbers: list[list[int]] = []
         passed_over = 0
@@ -108,14 +102,14 @@ class StepReader:
             numbers.append([])
             for i in row:
                 try:
-                    documents[-1].append(self.corpus.document(i))
+                    documents[-1].append(corpus.document(i))
                     numbers[-1].append(i)
                 except (
                     DataError,
                     ValueError,
                 ) as error:  # its place stays empty, so that the order of the others does not move
                     passed_over += 1
-                    print(f"warning: {self.name(i)} is passed over: {error}", file=sys.stderr, flush=True)
+                    print(f"warning: {self.curriculum.name(i)} is passed over: {error}", file=sys.stderr, flush=True)
         batch = collate(documents, plan.row_length, numbers=numbers)
         return replace(batch, payloads=self._empty | batch.payloads), passed_over
 
@@ -123,19 +117,20 @@ class StepReader:
 class Prefetch:
     """Reads the next step in a thread while this one is computed."""
 
-    def __init__(self, read: Callable[[int], StepRows]) -> None:
+    def __init__(self, read: Callable[[int, int], StepRows]) -> None:
         self._read = read
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._coming: tuple[int, Future[StepRows]] | None = None
+        self._coming: tuple[tuple[int, int], Future[StepRows]] | None = None
 
-    def get(self, n: int) -> tuple[StepRows, float]:
-        """The step that starts at sample n, and the seconds that the caller waited for it."""
+    def get(self, step: int, n: int) -> tuple[StepRows, float]:
+        """The step that follows `step` completed ones and starts at sample n, and the seconds waited for it."""
         start = time.monotonic()
-        if self._coming is None or self._coming[0] != n:
-            self._coming = (n, self._pool.submit(self._read, n))
+        if self._coming is None or self._coming[0] != (step, n):
+            self._coming = ((step, n), self._pool.submit(self._read, step, n))
         rows = self._coming[1].result()
         waited = time.monotonic() - start
-        self._coming = (rows.next_sample, self._pool.submit(self._read, rows.next_sample))
+        coming = (step + 1, rows.next_sample)
+        self._coming = (coming, self._pool.submit(self._read, *coming))
         return rows, waited
 
     def close(self) -> None:

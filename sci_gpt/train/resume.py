@@ -18,11 +18,19 @@ _SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run goes on: the checkpoint (None: a new run), completed steps, n(t): the first sample not eaten."""
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: None for a new run.
+        step: completed ones.
+        next_sample: n(t), the first sample not eaten.
+        phase_starts: first samples of the phases of which something was eaten.
+    """
 
     checkpoint: Path | None
     step: int
     next_sample: int
+    phase_starts: tuple[int, ...] = (0,)
 
 
 def where_to_go_on(run: Path, identity: Mapping[str, Any]) -> Start:
@@ -35,12 +43,31 @@ def where_to_go_on(run: Path, identity: Mapping[str, Any]) -> Start:
     if checkpoint is None:
         return Start(checkpoint=None, step=0, next_sample=0)
     state = read_state(checkpoint)
-    check_same_run(state["identity"], identity, checkpoint=checkpoint)
-    return Start(checkpoint=checkpoint, step=int(state["step"]), next_sample=int(state["next_sample"]))
+    step = int(state["step"])
+    check_same_run(eaten(state["identity"], step), eaten(identity, step), checkpoint=checkpoint)
+    return Start(
+        checkpoint=checkpoint,
+        step=step,
+        next_sample=int(state["next_sample"]),
+        phase_starts=tuple(int(n) for n in state["phase_starts"]),
+    )
+
+
+def eaten(identity: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """An identity with only as much of its `phases` as `step` completed steps have eaten; what comes later is free.
+
+    A run may be prolonged, or get other phases, from where it stands: the phase in which it stands counts up to `step`.
+    """
+    phases, start = [], 0
+    for phase in identity.get("phases", []):
+        if start < step:
+            phases.append({**phase, "until_step": min(int(phase["until_step"]), step)})
+        start = int(phase["until_step"])
+    return {**identity, "phases": phases}
 
 
 def check_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any], *, checkpoint: Path) -> None:
-    """Compare what decides the samples and the model of a run (fingerprint, seed, mixture, model and more).
+    """Compare what decides the samples and the model of a run (fingerprint, seed, phases, model and more).
 
     Args:
         saved: `identity` of the checkpoint's state.json.

@@ -74,18 +74,32 @@ def cut_back(run: Path, step: int) -> None:
         records = read_lines(path)
         if records or path.exists():
             kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(kept, encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, kept)
     for name in (COMPLETE, REQUEUE):
         (run / name).unlink(missing_ok=True)
 
 
 def write_marker(run: Path, name: str, *, content: Mapping[str, Any]) -> None:
     """Write a small JSON file in one piece."""
-    partial = run / f"{name}.partial"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(run / name)
+    write_whole(run / name, json.dumps(content))
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file in one piece: the name never holds a part of it, and the old content is not lost."""
+    partial = path.with_name(path.name + ".partial")
+    with naming(path):
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that says not where it happened (a write to a full disk does not) the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class LineLog:
@@ -93,14 +107,17 @@ class LineLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Bring the file to the disk and close it."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+            self._file.close()

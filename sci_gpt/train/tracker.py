@@ -219,7 +219,7 @@ class Tracker:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """A tree of mappings and lists as dotted names and texts: {"optimizer.clip": "1.0", "mixture.0.source": "..."}."""
+    """A tree of mappings and lists as dotted names and texts: {"seed": "0", "phases.0.rows_per_step": "4"}."""
     if isinstance(tree, Mapping):
         items = list(tree.items())
     elif isinstance(tree, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in tree):

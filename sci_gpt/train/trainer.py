@@ -38,10 +38,10 @@ class Objective(Protocol):
 
 
 class Feed(Protocol):
-    """From n(t) to this rank's rows (train/feed.py)."""
+    """From t and n(t) to this rank's rows (train/feed.py)."""
 
-    def get(self, n: int) -> tuple[StepRows, float]:
-        """The step that starts at sample n, and the seconds waited for it."""
+    def get(self, step: int, n: int) -> tuple[StepRows, float]:
+        """The step that follows `step` completed ones and starts at sample n, and the seconds waited for it."""
 
     def close(self) -> None:
         """End its thread."""
@@ -167,7 +167,7 @@ class Trainer:
 
     def _train_step(self) -> Agreement:
         begun = time.monotonic()
-        rows, waited = self.parts.feed.get(self.next_sample)
+        rows, waited = self.parts.feed.get(self.step, self.next_sample)
         inputs = [self.parts.objective.inputs(batch) for batch in rows.batches]
         agreement = agree(self.parts.engine.world, self._report(rows, inputs, waited=waited))
         self._complete(agreement)

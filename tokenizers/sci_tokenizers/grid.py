@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sci_tokenizers.autoregression import HORIZONS
+from sci_tokenizers.memory import last_valid, memories
+from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.statistics import ChannelStatistics
-from sci_tokenizers.tokenizer import Tokenizer, frame_features, last_valid, log_scales, memories, variable_rows
+from sci_tokenizers.statistics import ChannelStatistics, known_priors
+from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
 
@@ -18,9 +20,11 @@ _EARTH_RADIUS_M = 6371229.0
 
 
 class GridTokenizer(Tokenizer):
-    """transform -> minus the cell's own mean over the context -> divided by the spread of those anomalies.
+    """transform -> minus the cell's climatology, where training knows it, and its mean over the context -> divided by
+    the spread of those anomalies.
 
-    Cells that the context never saw take the training mean of the channel (or the context's overall mean).
+    Cells that the context never saw take the climatology alone, or the training mean of the channel (or the context's
+    overall mean).
     Ragged edges are padded with missing cells.
     """
 
@@ -53,18 +57,14 @@ class GridTokenizer(Tokenizer):
             ],
             axis=1,
         )
-        offset, scale = _normalisation(sample, transformed, num_context=num_context, statistics=statistics)
-        scaled = np.where(sample.valid, (transformed - offset) / scale[None, :, None, None], 0.0).astype(np.float32)
+        offset, scale, home = _normalisation(sample, transformed, num_context=num_context, statistics=statistics)
+        scaled = np.where(sample.valid, (transformed - offset) / scale[:, None, None], 0.0).astype(np.float32)
         payload, valid = self._patches(scaled), self._patches(sample.valid)
-        frames, slots = payload.shape[:2]
-        area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
-        seen = np.asarray(sample.valid.any(axis=0))
-        weight = self._patches(np.where(seen, area, 0.0)[None])[0]
-        weight = weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)
+        slots = payload.shape[1]
         rows, columns = self._patch_grid(sample.values.shape[2:])
-        last = last_valid(payload, valid)
-        features, time = frame_features(sample, 1)
-        variables = len(sample.variables)
+        past = self._past(payload, valid, scale=scale, home=home)
+        own = _own_forecast(past, known_priors(statistics, sample.channels, leads=leads), leads=leads)
+        features, time = frame_features(sample, 1, statistics=statistics)
         return Tokens(
             key=sample.key,
             source=sample.source,
@@ -72,27 +72,46 @@ class GridTokenizer(Tokenizer):
             payload=payload,
             valid=valid,
             ids=None,
-            last=last,
-            anchor=last[..., None],
-            anchor_spread=np.zeros((*last.shape, 1), np.float32),
-            memory=memories(payload, valid, last=last, home=np.zeros(slots), kin=np.zeros((slots, slots))),
-            volatility=np.zeros((frames, slots, payload.shape[2], len(HORIZONS)), np.float32),
-            weight=weight.astype(np.float32),
+            last=past.last,
+            anchor=own["anchor"],
+            anchor_spread=own["anchor_spread"],
+            memory=past.memory,
+            volatility=own["volatility"],
+            weight=self._area_weights(sample),
             variable=np.tile(variable_rows(sample), (slots, 1)),
             row=np.repeat(np.arange(rows, dtype=np.int16), columns),
             column=np.tile(np.arange(columns, dtype=np.int16), rows),
             frame_features=features,
             slot_features=self._slot_features(sample),
             log_scale=np.tile(log_scales(scale, sample), (slots, 1)),
-            offset=np.broadcast_to(
-                self._patches(offset[None].astype(np.float32)), (frames, slots, variables, payload.shape[3])
-            ),
+            offset=self._patches(offset.astype(np.float32)),
             scale=np.tile(scale.astype(np.float32), (slots, 1)),
             time=time,
             num_context=num_context,
             leads=leads,
             size=(sample.values.shape[2], sample.values.shape[3]),
         )
+
+    def _past(self, payload: np.ndarray, valid: np.ndarray, *, scale: np.ndarray, home: np.ndarray) -> Past:
+        """Last values and memories of every cell; `home` (V, Y, X) unscaled."""
+        slots = payload.shape[1]
+        last = last_valid(payload, valid)
+        at_home = self._patches((home / scale[:, None, None])[None])[0].astype(np.float64)
+        return Past(
+            payload=payload,
+            valid=valid,
+            last=last,
+            memory=memories(payload, valid, last=last, home=at_home, kin=np.zeros((slots, slots))),
+            scale=np.tile(scale, (slots, 1)),
+            slots_are_channels=False,
+        )
+
+    def _area_weights(self, sample: Sample) -> np.ndarray:
+        """(S, V, K): area of each cell that is ever seen, mean 1 over them."""
+        area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
+        seen = np.asarray(sample.valid.any(axis=0))
+        weight = self._patches(np.where(seen, area, 0.0)[None])[0]
+        return (weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)).astype(np.float32)
 
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled patches (..., F, S, V, p * p) to physical fields (..., time, variable, row, column)."""
@@ -146,21 +165,41 @@ class GridTokenizer(Tokenizer):
         return out
 
 
+def _own_forecast(past: Past, priors: list[LinearPrior] | None, *, leads: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The linear prior's forecast of every cell; the cell's last value where there is no prior."""
+    if priors is not None:
+        return past.forecast(priors, leads)
+    return {
+        "anchor": past.last[..., None],
+        "anchor_spread": np.zeros((*past.last.shape, 1), np.float32),
+        "volatility": np.zeros((*past.last.shape[:3], len(HORIZONS)), np.float32),
+    }
+
+
 def _normalisation(
     sample: Sample, transformed: np.ndarray, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Offset (V, Y, X) and scale (V,) from the first `num_context` frames and the training statistics."""
-    context, valid = transformed[:num_context], sample.valid[:num_context]
-    count = valid.sum(axis=0)
-    mean = np.where(valid, context, 0.0).sum(axis=0) / np.maximum(count, 1)
-    scale = np.ones(len(sample.variables))
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offset (F, V, Y, X), scale (V,) and home (V, Y, X), the climatology less the offset's mean level, from the first
+    `num_context` frames and the training statistics.
+    """
+    offset, scale = np.zeros(transformed.shape), np.ones(len(sample.variables))
+    home = np.zeros(transformed.shape[1:])
     for v, channel in enumerate(sample.channels):
         row = statistics.get(channel) if statistics else None
-        seen = context[:, v][valid[:, v]]
+        cycle, own = np.zeros(transformed[:, v].shape), np.zeros(transformed.shape[2:], bool)
+        if row is not None:
+            cycle, own = row.cycle_at(
+                sample.year_phase, sample.day_phase, latitude=sample.latitude, longitude=sample.longitude
+            )
+        context, valid = (transformed[:, v] - cycle)[:num_context], sample.valid[:num_context, v]
+        count = valid.sum(axis=0)
+        seen = context[valid]
         overall = row.mean if row else (float(seen.mean()) if seen.size else 0.0)
-        mean[v] = np.where(count[v] > 0, mean[v], overall)
-        anomaly = (context[:, v] - mean[v])[valid[:, v]]
+        level = np.where(valid, context, 0.0).sum(axis=0) / np.maximum(count, 1)
+        level = np.where(count > 0, level, np.where(own, 0.0, overall))
+        offset[:, v], home[v] = cycle + level, np.where(own, -level, 0.0)
+        anomaly = (context - level)[valid]
         spread = float(np.sqrt((anomaly**2).mean())) if anomaly.size else 0.0
         floor = row.step_std if row else 0.0
         scale[v] = max(spread, 0.5 * floor) or 1.0
-    return mean, scale
+    return offset, scale, home

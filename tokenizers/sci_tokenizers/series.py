@@ -7,22 +7,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from sci_tokenizers.autoregression import HORIZONS, own_forecast
+from sci_tokenizers.memory import last_valid, memories
+from sci_tokenizers.prior import Past
 from sci_tokenizers.quantizer import Quantizer, mean_scale
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.statistics import ChannelStatistics
-from sci_tokenizers.tokenizer import (
-    Tokenizer,
-    TokenizerSettings,
-    frame_features,
-    last_valid,
-    log_scales,
-    memories,
-    variable_rows,
-)
+from sci_tokenizers.statistics import ChannelStatistics, known_priors
+from sci_tokenizers.tokenizer import Tokenizer, TokenizerSettings, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
-from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+from sci_tokenizers.variables import VARIABLE_NAMES, VARIABLES, forward_transform, inverse_transform
 
-_ORDER = 4
+_ORDERS = (4,)
 _REFIT = 16
 # Exact coordinates would name the station (or a climate model, by its grid): learned by heart they mislead at the next.
 _REGION_DEGREES = 10.0
@@ -34,8 +28,7 @@ class SeriesTokenizer(Tokenizer):
     and bins.
 
     A source never seen has no climatology: the context's median alone is the offset. What the median took away stays
-        known:
-    the memory's last entry leads from the anchor to the climatology.
+    known: the memory's last entry leads from the anchor to the climatology.
     """
 
     modality = "series"
@@ -62,32 +55,29 @@ class SeriesTokenizer(Tokenizer):
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> Tokens:
         """See `Tokenizer.encode`; payload (F, S, 1, 1) holds the centre of each id's bin."""
-        frames = self._check(sample, num_context)
-        values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
-        slots = values.shape[1]
-        offset, floor = np.zeros((frames, slots)), np.full(slots, 1e-9)
-        centred, known = np.zeros((frames, slots)), np.zeros(slots, bool)
-        for s, (name, channel) in enumerate(zip(sample.variables, sample.channels, strict=True)):
-            transformed = forward_transform(values[:, s].astype(np.float64), name)
-            row = statistics.get(channel) if statistics else None
-            if row is not None:
-                offset[:, s] = row.climatology_at(sample.year_phase, sample.day_phase)
-                floor[s], known[s] = row.step_std, True
-            centred[:, s] = transformed - offset[:, s]
-        seen = np.where(valid[:num_context], centred[:num_context], np.nan)
-        seen[:, ~valid[:num_context].any(axis=0)] = 0.0
-        level = np.nanmedian(seen, axis=0)
-        centred, offset = centred - level, offset + level
-        # A context of calm or dry hours would make its own scale so small that the first gust or shower is clipped: the
-        # training split's one-step spread is the floor.
-        scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
+        self._check(sample, num_context)
+        valid = sample.valid[:, :, 0, 0]
+        centred, offset, scale, home = _normalisation(sample, num_context=num_context, statistics=statistics)
         ids = self.quantizer.ids(centred / scale, valid)
         payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
-        own = _own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads)
-        # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home.
-        home = np.where(known, -level / scale, 0.0)
-        features, time = frame_features(sample, 1)
+        memory = memories(
+            payload, valid[:, :, None, None], last=last, home=home[:, None, None], kin=_kin(sample.variables)
+        )
+        priors = known_priors(statistics, sample.channels, leads=leads)
+        if priors is None:
+            own = _own_forecast(last[:, :, 0, 0], valid, num_context=num_context, leads=leads)
+        else:
+            past = Past(
+                payload=payload,
+                valid=valid[:, :, None, None],
+                last=last,
+                memory=memory,
+                scale=scale[:, None],
+                slots_are_channels=True,
+            )
+            own = past.forecast(priors, leads)
+        features, time = frame_features(sample, 1, statistics=statistics)
         return Tokens(
             key=sample.key,
             source=sample.source,
@@ -99,11 +89,11 @@ class SeriesTokenizer(Tokenizer):
             anchor=own["anchor"],
             anchor_spread=own["anchor_spread"],
             volatility=own["volatility"],
-            memory=memories(payload, valid[:, :, None, None], last=last, home=home, kin=_kin(sample.variables)),
-            weight=np.ones((slots, 1, 1), np.float32),
+            memory=memory,
+            weight=np.ones((len(scale), 1, 1), np.float32),
             variable=variable_rows(sample)[:, None],
-            row=np.zeros(slots, np.int16),
-            column=np.zeros(slots, np.int16),
+            row=np.zeros(len(scale), np.int16),
+            column=np.zeros(len(scale), np.int16),
             frame_features=features,
             slot_features=_slot_features(sample),
             log_scale=log_scales(scale, sample)[:, None],
@@ -129,6 +119,35 @@ class SeriesTokenizer(Tokenizer):
         return float((edge & valid).sum() / max(valid.sum(), 1))
 
 
+def _normalisation(
+    sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Transformed values less their offset (F, S), the offset (F, S), scale (S,) and home (S,), where the climatology
+    lies.
+    """
+    values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
+    frames, slots = values.shape
+    offset, floor = np.zeros((frames, slots)), np.full(slots, 1e-9)
+    centred, known = np.zeros((frames, slots)), np.zeros(slots, bool)
+    for s, (name, channel) in enumerate(zip(sample.variables, sample.channels, strict=True)):
+        transformed = forward_transform(values[:, s].astype(np.float64), name)
+        row = statistics.get(channel) if statistics else None
+        if row is not None:
+            piles_up = VARIABLES[name].piles_up
+            offset[:, s] = row.mean if piles_up else row.climatology_at(sample.year_phase, sample.day_phase)
+            floor[s], known[s] = row.step_std, True
+        centred[:, s] = transformed - offset[:, s]
+    seen = np.where(valid[:num_context], centred[:num_context], np.nan)
+    seen[:, ~valid[:num_context].any(axis=0)] = 0.0
+    level = np.nanmedian(seen, axis=0)
+    centred, offset = centred - level, offset + level
+    # A context of calm or dry hours would make its own scale so small that the first gust or shower is clipped: the
+    # training split's one-step spread is the floor.
+    scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
+    # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home.
+    return centred, offset, scale, np.where(known, -level / scale, 0.0)
+
+
 def _kin(variables: tuple[str, ...]) -> np.ndarray:
     """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0
     without any.
@@ -151,7 +170,7 @@ def _own_forecast(
         valid.T,
         origins=np.arange(num_context - 1, frames),
         steps=np.asarray(leads),
-        order=_ORDER,
+        orders=_ORDERS,
         refit=_REFIT,
     )
     anchor = np.zeros((frames, slots, 1, 1, len(leads)), np.float32)

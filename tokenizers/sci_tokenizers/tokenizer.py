@@ -14,17 +14,6 @@ from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokens import FRAME_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_INDEX, VARIABLES
 
-_MEMORY_LAGS = (1, 2, 3)
-_KIN_LAGS = (0, 1, 2)
-_MEMORY_HALF_LIVES = (2.0, 8.0, 32.0, float("inf"))
-MEMORIES = (
-    *(f"lag_{lag}" for lag in _MEMORY_LAGS),
-    *(f"kin_lag_{lag}" for lag in _KIN_LAGS),
-    "kin_since",
-    *(f"mean_{half_life:g}" for half_life in _MEMORY_HALF_LIVES),
-    "home",
-)
-
 
 class TokenizerError(ValueError):
     """A sample that this tokenizer cannot take; the message says what was expected and what came."""
@@ -155,64 +144,23 @@ class Tokenizer(ABC):
         return frames
 
 
-def frame_features(sample: Sample, frame_times: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (F, 3) and end times (F,) of frames: a frame is known at the end of its last time."""
+def frame_features(
+    sample: Sample, frame_times: int, *, statistics: Mapping[str, ChannelStatistics] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (F, 3) and end times (F,) of frames: a frame is known at the end of its last time.
+
+    A phase of a cycle that the source's training split does not cover is NaN: a model that learned from January to July
+    has nothing to say of October but what it makes up.
+    """
     last = slice(frame_times - 1, None, frame_times)
     step = np.full(len(sample.time[last]), np.log(sample.step_seconds * frame_times))
     features = np.stack([sample.year_phase[last], sample.day_phase[last], step], axis=1).astype(np.float32)
     assert features.shape[1] == len(FRAME_FEATURES)
+    rows = [statistics[channel] for channel in sample.channels if channel in statistics] if statistics else []
+    if rows:
+        uncovered = [not any(row.num_year for row in rows), not any(row.num_day for row in rows), False]
+        features[:, uncovered] = np.nan
     return features, sample.time[last]
-
-
-def last_valid(payload: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The newest valid payload at or before each frame, 0 before the first: the anchor of grids and series."""
-    frames = np.arange(len(payload)).reshape(-1, *([1] * (payload.ndim - 1)))
-    newest = np.maximum.accumulate(np.where(valid, frames, -1), axis=0)
-    picked = np.take_along_axis(payload, np.maximum(newest, 0), axis=0)
-    return np.where(newest >= 0, picked, 0.0).astype(np.float32)
-
-
-def memories(
-    payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, home: np.ndarray, kin: np.ndarray
-) -> np.ndarray:
-    """What a head may lean on beside the anchor, as differences from `last`, float32 (F, S, V, K, len(MEMORIES)).
-
-    The last valid value some frames ago, of the slot and of its kin; the last value moved as its kin moved since;
-    running means over the past with different half-lives;
-    the plain mean of all frames so far; and `home`, where the climatology lies. Only frames up to the token's own
-    enter.
-
-    Args:
-        payload, valid: (F, S, V, K).
-        last: of `last_valid`.
-        home: (S,), scaled.
-        kin: (S, S), weights of other slots in a slot's kin; a slot without kin has a row of 0 and leans on nothing
-            there.
-    """
-    frames = len(payload)
-    relatives = np.einsum("st,ftvk->fsvk", kin, last)
-    alone = kin.sum(axis=1) == 0
-    relatives[:, alone] = last[:, alone]
-    parts = [_ago(last, lag) for lag in _MEMORY_LAGS] + [_ago(relatives, lag) for lag in _KIN_LAGS]
-    for j in range(len(_KIN_LAGS)):
-        parts[len(_MEMORY_LAGS) + j][:, alone] = last[:, alone]
-    keep = 0.5 ** (1.0 / np.array(_MEMORY_HALF_LIVES))
-    means = np.zeros((*payload.shape, len(keep)), np.float32)
-    total, weight = np.zeros(means.shape[1:]), np.zeros(means.shape[1:])
-    for f in range(frames):
-        total = keep * total + (payload[f] * valid[f])[..., None]
-        weight = keep * weight + valid[f][..., None]
-        means[f] = total / np.maximum(weight, 1e-9)
-    at_home = np.broadcast_to(home[None, :, None, None], payload.shape)
-    newest = np.maximum.accumulate(np.where(valid, np.arange(frames)[:, None, None, None], 0), axis=0)
-    moved = last + relatives - np.take_along_axis(relatives, newest, axis=0)
-    stacked = np.concatenate([np.stack([*parts, moved], axis=-1), means, at_home[..., None]], axis=-1)
-    return (stacked - last[..., None]).astype(np.float32)
-
-
-def _ago(values: np.ndarray, lag: int) -> np.ndarray:
-    """Values `lag` frames earlier; the first frame's before that."""
-    return np.concatenate([np.repeat(values[:1], min(lag, len(values)), axis=0), values[: max(len(values) - lag, 0)]])
 
 
 def variable_rows(sample: Sample) -> np.ndarray:

@@ -14,8 +14,8 @@ from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLES
 
 _MAD_TO_STD = 1.4826
-_ORDER = 32
-_REFIT = 24  # frames
+_ORDERS = (8, 16, 24, 32, 48, 64, 96)
+_REFIT = 32  # frames
 _SPREAD_FLOOR = 1e-4  # of a context's spread: a record that its own past foretells exactly
 
 
@@ -119,7 +119,7 @@ def _own_forecast(
     steps = (np.asarray(leads)[:, None] - 1) * n + 1 + np.arange(n)  # lead n
     live = np.flatnonzero(known[:, : num_context * n].any(axis=1))
     origins = np.arange(num_context, frames + 1) * n - 1
-    own = own_forecast(flat[live], known[live], origins=origins, steps=steps.ravel(), order=_ORDER, refit=_REFIT)
+    own = own_forecast(flat[live], known[live], origins=origins, steps=steps.ravel(), orders=_ORDERS, refit=_REFIT)
     out = {}
     for name, values, tail in (
         ("anchor", own.mean, steps.shape),

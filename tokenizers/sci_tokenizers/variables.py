@@ -43,6 +43,8 @@ class Variable:
         transform_unit: the value that the transform sees as 1.
         minimum, maximum: valid range in `unit`; values outside are missing.
         calibrated: False for digitizer counts, whose scale says nothing physical.
+        piles_up: many values equal a bound (dry hours, unlimited visibility). A climatology's cycle is not taken off:
+            it would spread the one value over many.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Variable:
     minimum: float = -np.inf
     maximum: float = np.inf
     calibrated: bool = True
+    piles_up: bool = False
 
 
 def _table(*rows: Variable) -> dict[str, Variable]:
@@ -72,7 +75,7 @@ VARIABLES: dict[str, Variable] = _table(
     Variable(name="wind_from_direction", unit="degree", kind="circular", minimum=0.0, maximum=360.0),
     Variable(name="air_pressure_at_mean_sea_level", unit="Pa", kind="interval", minimum=85000.0, maximum=110000.0),
     Variable(name="surface_air_pressure", unit="Pa", kind="interval", minimum=30000.0, maximum=110000.0),
-    Variable(name="visibility_in_air", unit="m", kind="ratio", minimum=0.0, maximum=100000.0),
+    Variable(name="visibility_in_air", unit="m", kind="ratio", minimum=0.0, maximum=100000.0, piles_up=True),
     Variable(
         name="precipitation_amount",
         unit="kg m-2",
@@ -81,6 +84,7 @@ VARIABLES: dict[str, Variable] = _table(
         transform_unit=1.0,
         minimum=0.0,
         maximum=2000.0,
+        piles_up=True,
     ),
     Variable(
         name="precipitation_flux",
@@ -90,9 +94,18 @@ VARIABLES: dict[str, Variable] = _table(
         transform_unit=1e-5,
         minimum=0.0,
         maximum=0.1,
+        piles_up=True,
     ),
     Variable(name="mole_fraction_of_carbon_dioxide_in_air", unit="1e-6", kind="ratio", minimum=150.0, maximum=2000.0),
-    Variable(name="surface_snow_amount", unit="kg m-2", kind="ratio", transform="log1p", minimum=0.0, maximum=50000.0),
+    Variable(
+        name="surface_snow_amount",
+        unit="kg m-2",
+        kind="ratio",
+        transform="log1p",
+        minimum=0.0,
+        maximum=50000.0,
+        piles_up=True,
+    ),
     Variable(name="geopotential_height", unit="m", kind="interval", minimum=-1000.0, maximum=60000.0),
     Variable(name="specific_humidity", unit="1", kind="ratio", minimum=0.0, maximum=0.1),
     Variable(

@@ -1,0 +1,175 @@
+"""Runs of several phases: what a resume may change, and a run killed in its second phase that goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sci_gpt.config import PretrainConfig, parse_config, show_config
+from sci_gpt.errors import CheckpointError
+from sci_gpt.recipes import parts
+from sci_gpt.recipes.export import card
+from sci_gpt.train.checkpoint import latest, read_state
+from sci_gpt.train.resume import check_same_run, eaten
+from sci_gpt.train.run_folder import read_lines
+from toy_store import toy_config, write_store
+
+BOUNDARY, STEPS = 12, 44
+PATIENCE_SECONDS = 120.0
+
+
+def phases(*ends_and_weights: tuple[int, float]) -> dict[str, Any]:
+    """An identity with phases that differ in their mixture's weight."""
+    rows = [{"until_step": end, "mixture": [{"source": "x", "weight": weight}]} for end, weight in ends_and_weights]
+    return {"seed": 1, "phases": rows}
+
+
+@pytest.mark.parametrize(
+    ("step", "mine", "message"),
+    [
+        (15, phases((10, 0.5), (20, 0.25)), None),
+        (15, phases((10, 0.5), (90, 0.25)), None),  # prolonged
+        (15, phases((10, 0.5), (15, 0.25), (20, 0.75)), None),  # another phase from here on
+        (10, phases((10, 0.5), (20, 0.75)), None),  # the second phase has not begun
+        (10, phases((20, 0.5)), None),  # and need not
+        (15, phases((10, 0.5), (20, 0.75)), "phases.1.mixture.0.weight is 0.25 there and 0.75 here"),
+        (15, phases((10, 0.75), (20, 0.25)), "phases.0.mixture.0.weight is 0.5 there and 0.75 here"),
+        (15, phases((11, 0.5), (20, 0.25)), "phases.0.until_step is 10 there and 11 here"),
+        (15, phases((10, 0.5), (14, 0.25), (20, 0.25)), "phases.1.until_step is 15 there and 14 here"),
+        (15, phases((20, 0.5)), "phases.0.until_step is 10 there and 15 here"),
+        (11, phases((20, 0.5)), "phases.1.until_step is 11 there and absent here"),
+    ],
+)
+def test_a_resume_may_change_only_what_lies_ahead(step: int, mine: dict[str, Any], message: str | None) -> None:
+    saved = phases((10, 0.5), (20, 0.25))
+    if message is None:
+        check_same_run(eaten(saved, step), eaten(mine, step), checkpoint=Path("c"))
+        return
+    with pytest.raises(CheckpointError) as error:
+        check_same_run(eaten(saved, step), eaten(mine, step), checkpoint=Path("c"))
+    assert message in str(error.value)
+
+
+def test_the_identity_holds_all_that_decides_the_order(tmp_path: Path) -> None:
+    """Anything that moves a sample is in it, at any depth; the layout and the schedule are not."""
+    config = toy_config(tmp_path / "store", tmp_path / "run")
+    same = parts.identity(config, "f")
+    tree = config.model_dump(mode="json")
+    for key, value in {"seed": 4, "shuffle_block": 32, "shuffle_time": True}.items():
+        assert parts.identity(parse_config(tree | {key: value}, PretrainConfig, where="here"), "f") != same, key
+    for key, value in {"row_length": 200, "rows_per_step": 4, "mixture": tree["phases"][0]["mixture"][:2]}.items():
+        changed = tree | {"phases": [tree["phases"][0] | {key: value}]}
+        assert parts.identity(parse_config(changed, PretrainConfig, where="here"), "f") != same, key
+    free = tree | {"parallel": {"processes": 1}, "checkpoint": {"every": 3}, "optimizer": {"learning_rate": 1.0}}
+    assert parts.identity(parse_config(free, PretrainConfig, where="here"), "f") == same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """A run of two phases that went straight through, and one killed in the second and called again."""
+
+    straight: Path
+    killed: Path
+    output: dict[str, str]
+
+
+def start(config: PretrainConfig) -> subprocess.Popen[str]:
+    """`sci-gpt pretrain` in a process of its own."""
+    path = config.output.parent / f"{config.output.name}.yaml"
+    path.write_text(show_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "sci_launch.cli", "pretrain", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def two_phases(store: Path, run: Path) -> PretrainConfig:
+    """The toy's run with longer rows and without the quakes from step 12 on."""
+    phase = toy_config(store, run).model_dump(mode="json")["phases"][0]
+    second = phase | {"row_length": 240, "rows_per_step": 2, "mixture": phase["mixture"][:2]}
+    return toy_config(
+        store,
+        run,
+        phases=[phase | {"until_step": BOUNDARY}, second | {"until_step": STEPS}],
+        schedule={"steps": STEPS, "warmup_steps": 4, "cooldown_steps": 6},
+        parallel={"processes": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("phases")
+    store = write_store(folder / "store")
+    straight, killed = (two_phases(store, folder / name) for name in ("straight", "killed"))
+    output = {"straight": start(straight).communicate(timeout=PATIENCE_SECONDS)[0]}
+    process = start(killed)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    # The checkpoint of step 16, in the second phase, is committed before step 18 is.
+    while not any(record["step"] >= 18 for record in read_lines(killed.output / "log.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    for worker in psutil.Process(process.pid).children():
+        worker.send_signal(signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    output["resumed"] = start(killed).communicate(timeout=PATIENCE_SECONDS)[0]
+    return Runs(straight=straight.output, killed=killed.output, output=output)
+
+
+def test_a_run_killed_in_its_second_phase_eats_the_same_samples(runs: Runs) -> None:
+    straight, killed = (read_lines(run / "keys/rank-0.jsonl") for run in (runs.straight, runs.killed))
+    assert [record["step"] for record in straight] == list(range(1, STEPS + 1)), runs.output["straight"]
+    assert straight == killed, runs.output["resumed"]
+    numbers = sorted(number for record in straight for number in record["samples"])
+    assert numbers == list(range(len(numbers)))
+    assert "resumes from" in runs.output["resumed"]
+    resumed = int(runs.output["resumed"].split("resumes from")[1].split("step-")[1].split()[0])
+    assert BOUNDARY < resumed < STEPS
+    losses = [[r["loss"] for r in read_lines(run / "log.jsonl") if "loss" in r] for run in (runs.straight, runs.killed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_checkpoint_records_where_the_phases_began(runs: Runs) -> None:
+    eaten_before = [r["samples"] for r in read_lines(runs.straight / "keys/rank-0.jsonl") if r["step"] <= BOUNDARY]
+    for run in (runs.straight, runs.killed):
+        state = read_state(latest(run) or Path())
+        assert state["phase_starts"] == [0, sum(map(len, eaten_before))]
+
+
+def test_the_start_tells_each_phase(runs: Runs) -> None:
+    first = runs.output["straight"]
+    assert f"to step {BOUNDARY}: 3 rows x 160 tokens per step" in first
+    assert f"to step {STEPS}: 2 rows x 240 tokens per step" in first
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [(8, "8 steps of 480 tokens"), (12, "12 steps of 480 tokens"), (44, "12 steps of 480, then 32 of 480 tokens")],
+)
+def test_the_card_says_what_the_steps_were_made_of(tmp_path: Path, step: int, said: str) -> None:
+    config = two_phases(tmp_path / "store", tmp_path / "run")
+    facts = {"modality": "grid", "step_seconds": 1.0, "nature": "simulation", "licence": "CC0", "citation": "made up"}
+    sources = {entry.source: facts for entry in config.mixture}
+    description = {"num_parameters": 1, "step": step, "code_version": "c", "fingerprint": "f", "sources": sources}
+    text = card(config, description, manifest={"sources": sources})
+    assert said in text
+    assert [name for name in sources if f"| {name} | grid |" in text] == ["field", "station", "quake"]
+
+
+def test_validation_and_evaluation_see_a_source_as_its_last_phase_has_it(tmp_path: Path) -> None:
+    config = two_phases(tmp_path / "store", tmp_path / "run")
+    second = config.phases[1]
+    longer = second.mixture[1].model_copy(update={"frames": 30})
+    config = config.model_copy(
+        update={"phases": (config.phases[0], second.model_copy(update={"mixture": (second.mixture[0], longer)}))}
+    )
+    assert [(spec.source, spec.frames) for spec in parts.window_specs(config)] == [
+        ("field", 16),
+        ("station", 30),
+        ("quake", 30),
+    ]
