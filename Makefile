@@ -38,7 +38,7 @@ map: $(STAMP)
 	$(VENV)/bin/python docs/make_map.py
 
 clean:
-	rm -rf data/quickstart runs/quickstart runs/quickstart-shuffled runs/quickstart-forecast build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf data/quickstart runs/quickstart runs/quickstart-* runs/transfer-pretraining build .pytest_cache .ruff_cache .mypy_cache
 
 # torch first, alone: with torch in place the second line keeps it, whatever build it is.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 # Lazy, so that `import sci_gpt` (and `sci-gpt --help`) loads no torch: {public name: module that holds it}.
-_PUBLIC = {"load_model": "sci_gpt.recipes.load", "LoadedModel": "sci_gpt.recipes.load"}
+_PUBLIC = {"load_model": "sci_gpt.recipes.public", "LoadedModel": "sci_gpt.recipes.load"}
 
 __all__ = ["LoadedModel", "load_model"]
 

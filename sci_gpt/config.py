@@ -235,12 +235,13 @@ class ValidationConfig(Node):
 
 
 class TrackingConfig(Node):
-    """MLflow: where runs go and under what names."""
+    """MLflow: where runs go and under what names; `parent_run` is the id of the run that a study's runs belong to."""
 
     uri: str = "sqlite:///runs/mlflow/mlflow.db"
     artifacts: str = "runs/mlflow/artifacts"
     experiment: str
     registered_model: str | None
+    parent_run: str | None = None
 
 
 class EvaluateConfig(Node):

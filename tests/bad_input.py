@@ -70,6 +70,11 @@ def full_in_a_save(processes: int) -> Case:
     )
 
 
+def points(*lines: str) -> bytes:
+    """A table for a scaling law."""
+    return "\n".join(["params,tokens,loss", *lines]).encode()
+
+
 CASES = {
     "missing file, build": Case(
         argv=lambda desk: desk.build(files=["nowhere.csv"]),
@@ -159,6 +164,11 @@ CASES = {
         holds=("nans.csv", "none of the last 22 time steps"),
         remedy="give a record that has values there",
     ),
+    "Slurm that is not there": Case(
+        argv=lambda desk: ["launch", "run.yaml", "--on", "slurm", "--set", "output=out/launched"],
+        holds=("no Slurm here",),  # none installed, or no controller that answers
+        remedy="train here with --on local",
+    ),
     "misspelt key, build": Case(
         argv=lambda desk: desk.build(licens="CC0"),
         holds=("changed.yaml", "'sources.0.licens'"),
@@ -206,5 +216,38 @@ CASES = {
         remedy="free some space or choose another output",
         disk_size="16k",
         limited=True,
+    ),
+    "missing file, fit": Case(
+        argv=lambda desk: ["fit", "nowhere.csv"], holds=("'nowhere.csv'",), remedy="check the path, or make it with"
+    ),
+    "unreadable file, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", GARBAGE)],
+        holds=("'POINTS.csv' is not a CSV of text",),
+        remedy="give a table with a header",
+    ),
+    "missing columns, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", b"params,token,loss\n1e6,1e8,3\n")],
+        holds=("no column 'tokens' among ['params', 'token', 'loss']",),
+        remedy="rename 'token'",
+    ),
+    "two points, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", points("1e6,1e8,3", "2e6,1e8,2.9"))],
+        holds=("2 points for a law of 5 parameters",),
+        remedy="give at least 5, of at least 3 different params and 3 different tokens",
+    ),
+    "a loss that is no number, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", points("1e6,1e8,3", "2e6,1e8,nan"))],
+        holds=("'POINTS.csv', line 3, column 'loss'", "got 'nan'"),
+        remedy="mend the value or leave the line out",
+    ),
+    "a size that is not positive, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", points("0,1e8,3"))],
+        holds=("line 2, column 'params'", "expected a positive number, got '0'"),
+        remedy="mend the value or leave the line out",
+    ),
+    "the same loss everywhere, fit": Case(
+        argv=lambda desk: ["fit", desk.write("POINTS.csv", points(*(f"{n}e6,{n}e8,3" for n in range(1, 8))))],
+        holds=("the loss is 3 in all 7 lines",),
+        remedy="give points whose loss varies",
     ),
 }

@@ -108,6 +108,7 @@ def test_every_kind_of_bad_input_that_was_asked_for_has_a_case() -> None:
         "checkpoint of another fingerprint",
         "full disk",
         "full disk in a save",
+        "Slurm that is not there",
     )
     for kind in asked:
         assert any(name.startswith(kind) for name in CASES), kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,14 +18,29 @@ install quickstart check test mutants:
 """
 
 
-def run(script: str, tree: Path, *, command: str = "true", data: str | None = None) -> subprocess.CompletedProcess[str]:
+SLURM = ("slurmctld", "slurmd", "munged", "sbatch")
+
+
+def run(
+    script: str, tree: Path, *, command: str = "true", data: str | None = None, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run this text as `.ci/run` of a tree whose make targets tell their environment and then run `command`."""
     write(tree / ".ci/run", script)
     (tree / ".ci/run").chmod(0o755)
     write(tree / "Makefile", MAKEFILE.format(command=command))
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "SCI_GPT_SAMPLE_DATA")}
     environment |= {"SCI_GPT_SAMPLE_DATA": data} if data else {}
+    # Slurm counts as installed, so that no test installs it.
+    environment["PATH"] = path or f"{programs(tree / 'bin', *SLURM)}:{os.environ['PATH']}"
     return subprocess.run([tree / ".ci/run"], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def programs(folder: Path, *names: str, text: str = "#!/bin/sh\n") -> Path:
+    """A folder of programs that do what `text` says."""
+    for name in names:
+        write(folder / name, text)
+        (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.fixture
@@ -66,3 +82,28 @@ def test_it_stops_itself(script: str, tmp_path: Path) -> None:
     done = run(script.replace("LIMIT_MINUTES=75\n", "LIMIT_MINUTES=0.02\n"), tmp_path, command="sleep 30")
     assert done.returncode == 124
     assert "stopped at its limit of 0.02 minutes" in done.stderr
+
+
+INSTALL = "install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+
+
+@pytest.mark.parametrize(
+    ("user", "fails", "calls"),
+    [(0, "nothing", [INSTALL]), (0, "install", [INSTALL, "update", INSTALL]), (1000, "nothing", [])],
+)
+def test_a_missing_slurm_is_installed_or_said_to_be_missing(
+    script: str, tmp_path: Path, user: int, *, fails: str, calls: list[str]
+) -> None:
+    tools, asked = tmp_path / "tools", tmp_path / "asked"
+    programs(tools, "id", text=f"#!/bin/sh\necho {user}\n")
+    programs(tools, "apt-get", text=f'#!/bin/sh\necho "$*" >>{asked}\n[ "$1" != {fails} ]\n')
+    for tool in "env bash sh make mktemp mkdir realpath timeout rm dirname ls wc tail true".split():
+        (tools / tool).symlink_to(shutil.which(tool) or f"{tool} is missing")
+    # /usr/sbin is where Slurm may be installed on this machine.
+    done = run(script.replace("/usr/sbin", "/nowhere"), tmp_path / "tree", path=str(tools))
+    assert done.returncode == 0, done.stderr
+    assert (asked.read_text().splitlines() if asked.exists() else []) == calls
+    if calls == [INSTALL]:
+        assert ".ci/run: installed slurmctld slurmd slurm-client munge\n" in done.stdout
+    else:
+        assert "no Slurm here" in done.stderr and "remedy: install slurmctld slurmd slurm-client munge" in done.stderr

@@ -10,6 +10,7 @@ import yaml
 
 from sci_gpt.config import Config, DataConfig, PretrainConfig, load_config, parse_config, show_config
 from sci_gpt.errors import ConfigError
+from sci_gpt.recipes.studies import SweepConfig, TransferConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,14 +223,19 @@ def test_a_misspelt_key_in_the_only_entry_of_a_list_is_said_once(tmp_path: Path)
     assert str(caught.value).endswith("unknown key 'phases.0.mixture.0.wieght'; nearest: 'weight'")
 
 
-def every_configuration() -> list[tuple[Path, type[Config]]]:
-    kinds: dict[str, type[Config]] = {"data": DataConfig, "pretrain": PretrainConfig}  # type: ignore[dict-item]
+def every_configuration() -> list[tuple[Path, type[Any]]]:
+    kinds: dict[str, type[Any]] = {
+        "data": DataConfig,
+        "pretrain": PretrainConfig,
+        "sweeps": SweepConfig,
+        "transfer": TransferConfig,
+    }
     return [(path, kinds[path.parent.name]) for path in sorted((ROOT / "configs").glob("*/*.yaml"))]
 
 
 @pytest.mark.parametrize(("path", "kind"), every_configuration(), ids=lambda value: getattr(value, "name", None))
 def test_every_configuration_of_the_repository_loads_and_what_show_prints_loads_to_an_equal_tree(
-    tmp_path: Path, path: Path, kind: type[Config]
+    tmp_path: Path, path: Path, kind: type[Any]
 ) -> None:
     config = load_config(path, kind)
     shown = tmp_path / "shown.yaml"

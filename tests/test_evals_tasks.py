@@ -64,6 +64,7 @@ class Loaded:
 
     predictor: LastValue
     fingerprint: str
+    step: int = 24
 
     def untrained(self) -> Loaded:
         return replace(self, predictor=LastValue(spread=30.0))
@@ -207,6 +208,7 @@ def test_evaluation_scores_every_source_and_control(
 def test_evaluation_writes_its_numbers(evaluation: tuple[PretrainConfig, Path, dict[str, Any]]) -> None:
     _, run, result = evaluation
     content = json.loads((run / "report" / "evaluation.json").read_text())
+    assert content["step"] == 24, "whose scores these are"
     assert len(content["rows"]) == len(result["rows"])
     with (run / "report" / "evaluation.csv").open() as file:
         table = list(csv.DictReader(file))

@@ -202,20 +202,20 @@ def test_errors_count_when_they_come_due() -> None:
     np.testing.assert_allclose(variance, [1, 1, 16 / 17, 32 / 18, 32 / 19, 32 / 20], rtol=1e-5)
 
 
-def test_a_line_is_not_followed_beyond_the_training_range(tmp_path: Path) -> None:
-    """A station 500 K off the climatology is forecast like one at the edge of what was seen."""
-    store, statistics = trained(tmp_path)
-    sample = windows(store, "train").read(3)
-    far = replace(sample, values=np.where(sample.valid, sample.values + np.float32(500.0), 0.0).astype(np.float32))
-    tokenizer = make_tokenizer("series", SETTINGS)
-    tokens = [tokenizer.encode(x, num_context=20, leads=(1,), statistics=statistics) for x in (sample, far)]
-    moved = (tokens[1].anchor - tokens[0].anchor)[19:, 0, 0, 0, 0] * tokens[0].scale[0, 0]
-    prior = statistics["air_temperature"].prior
-    assert prior is not None
-    level = [
-        limit for limit, name in zip(prior.limits, ("last", *(n for n in MEMORIES if "kin" not in n))) if name == "home"
-    ]
-    assert np.abs(moved).max() < 2 * level[0]
+def test_a_line_is_not_followed_beyond_the_training_range() -> None:
+    """A last value of 100 where training saw at most 9 is forecast like 9, by a prior that repeats the last value."""
+    payload = np.full((3, 1, 1, 1), 100.0, np.float32)
+    size = PRIOR_FEATURES + 1
+    past = Past(
+        payload=payload,
+        valid=np.ones(payload.shape, bool),
+        last=payload,
+        memory=np.zeros((3, 1, 1, 1, len(MEMORIES))),
+        scale=np.ones((1, 1)),
+        slots_are_channels=True,
+    )
+    prior = LinearPrior(leads=(1,), weights=((1.0, *(0.0,) * (size - 1)),), spread=(1.0,), limits=(9.0,) * size)
+    np.testing.assert_allclose(past.forecast([prior], (1,))["anchor"], 9.0)
 
 
 def seasonal_field(num_times: int) -> Sample:
@@ -251,6 +251,8 @@ def test_each_cell_of_a_grid_has_its_own_season() -> None:
     moved = replace(sample, latitude=sample.latitude + np.float32(3.0))
     unseen = tokenizer.encode(moved.window(0, 12), num_context=4, leads=(1,), statistics=statistics)
     assert np.abs(unseen.payload * unseen.scale[:, :, None]).max() > 4.0
+    plain = tokenizer.encode(moved.window(0, 12), num_context=4, leads=(1,))
+    np.testing.assert_allclose(unseen.offset, plain.offset)
     np.testing.assert_allclose(
         tokenizer.decode(known, known.payload), sample.window(0, 12).values, rtol=1e-6, err_msg="round trip"
     )

@@ -178,6 +178,17 @@ def test_home_is_the_climatology_or_the_contexts_median() -> None:
     np.testing.assert_allclose(home, -level / known.scale[0, 0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_level_beyond_training_is_the_farthest_that_training_saw() -> None:
+    """A station 500 K warmer than all of training: home lies no farther than the warmest value of training."""
+    tokenizer, sample = made("series", missing=0.0)
+    statistics = toy_statistics(sample)
+    row = statistics[sample.channels[0]]
+    warm = replace(sample, values=sample.values + np.float32(500.0))
+    tokens = encode(tokenizer, warm, statistics)
+    home = (tokens.memory[..., MEMORIES.index("home")] + tokens.last)[:, 0, 0, 0] * tokens.scale[0, 0]
+    np.testing.assert_allclose(home, -(row.maximum - row.mean), rtol=1e-3)
+
+
 def test_kin_stands_in_for_a_missing_level() -> None:
     """Two levels of one variable: where one is missing, its last value is moved as the other has moved since."""
     tokenizer, sample = made("series", missing=0.0)

@@ -16,7 +16,7 @@ import pytest
 from sci_gpt.config import PretrainConfig, parse_config, show_config
 from sci_gpt.errors import CheckpointError
 from sci_gpt.recipes import parts
-from sci_gpt.recipes.export import card
+from sci_gpt.recipes.card import card
 from sci_gpt.train.checkpoint import latest, read_state
 from sci_gpt.train.resume import check_same_run, eaten
 from sci_gpt.train.run_folder import read_lines

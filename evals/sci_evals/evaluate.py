@@ -116,20 +116,27 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         )
         print(f"evaluate {entry.source}: done, {time.monotonic() - begin:.0f} s", flush=True)
     results = Results(
-        run=run, rows=tuple(rows), left_out=left_out, exhibits=tuple(exhibits), manifest=store.manifest, config=config
+        run=run,
+        step=loaded.step,
+        rows=tuple(rows),
+        left_out=left_out,
+        exhibits=tuple(exhibits),
+        manifest=store.manifest,
+        config=config,
     )
+    report = publish(results)
+    seconds = time.monotonic() - begin
+    print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
+    return {"rows": plain_rows(rows), "left_out": left_out, "report": str(report), "seconds": round(seconds, 1)}
+
+
+def publish(results: Results) -> Path:
+    """Print the table, write the report, log it to MLflow; the report's path."""
     print_table(results)
     folder = write_results(results)
     report = write_report(results, folder)
     log_results(results, folder)
-    seconds = time.monotonic() - begin
-    print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
-    return {
-        "rows": plain_rows(rows),
-        "left_out": left_out,
-        "report": str(report),
-        "seconds": round(seconds, 1),
-    }
+    return report
 
 
 def load_matching(run: Path, store: Store) -> LoadedModel:

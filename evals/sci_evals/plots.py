@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from sci_evals.coastline import coastlines_between
 from sci_evals.exhibits import Band, MapExhibit, SeriesExhibit, SeriesPanel, WaveExhibit
+from sci_evals.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from sci_evals.results import ANCHOR, SHUFFLED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import Score
 from sci_tokenizers.variables import VARIABLES
 
-# Okabe and Ito's palette: distinct under every common colour blindness.
-BLACK, BLUE, ORANGE, GREEN, GREY = "#000000", "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 _MODEL_COLOURS = {TRAINED: BLUE, ANCHOR: GREEN, UNTRAINED: "#E69F00", SHUFFLED: "#CC79A7"}
 _LOSS_UNITS = {
     "series": "cross-entropy (nat per token)",
@@ -34,22 +31,8 @@ _SHORT = {
     "air_temperature_daily_maximum": "daily maximum temperature",
     "air_temperature_daily_minimum": "daily minimum temperature",
 }
-_DPI = 110
 _SKILL_RANGE = (-1.5, 0.5)
 _SKILL_TICKS = (-1, -0.3, -0.05, 0, 0.05, 0.3)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches, drawn without a display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG; the path."""
-    figure.savefig(path, dpi=_DPI)
-    return path
 
 
 def quantity(channel: str, *, prefix: str = "", power: int = 0) -> str:

@@ -27,6 +27,7 @@ class Results:
 
     Attributes:
         run: the run folder.
+        step: of the checkpoint that was scored.
         config: of the run.
         rows: scores of all models, in the order of the table.
         left_out: {source: why it has no score}.
@@ -35,6 +36,7 @@ class Results:
     """
 
     run: Path
+    step: int
     config: PretrainConfig
     rows: tuple[Score, ...]
     left_out: dict[str, str]
@@ -121,6 +123,7 @@ def write_results(results: Results) -> Path:
     rows = plain_rows(results.rows)
     content = {
         "run": results.config.name,
+        "step": results.step,
         "data_fingerprint": results.manifest.get("fingerprint"),
         "interval": results.config.evaluate.interval,
         "left_out": results.left_out,

@@ -10,10 +10,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sci_gpt.errors import ConfigError, DataError, SciGptError
-from sci_launch.results import print_result, progress
+from sci_launch import arguments
+from sci_launch.results import print_result, progress, progress_of_processes
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAMILY_OF_ENDING = {
@@ -50,13 +51,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 refused (one line on stderr says why), 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     if not sys.warnoptions:  # libraries warn their programmers; stderr is for the user (python -W default shows them)
         warnings.simplefilter("ignore")
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # before anything imports MLflow: no usage reports
         os.environ.setdefault(name, "true")
     try:
-        parsed = parser().parse_args(arguments)
+        parsed = parser().parse_args(words)
         return COMMANDS[parsed.command].run(parsed)
     except KeyboardInterrupt:
         return 130
@@ -116,23 +117,6 @@ def parser() -> Parser:
     return top
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a complete YAML file from configs/")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override a key, as a.b=c; list entries by number or name, as phases.0.mixture.co2.weight=2; repeatable",
-    )
-    parser.add_argument("--show", action="store_true", help="print the resolved configuration as YAML and stop")
-
-
-def _json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
-
-
 def _build(parsed: argparse.Namespace) -> int:
     from sci_gpt.config import DataConfig, load_config, show_config
 
@@ -145,16 +129,6 @@ def _build(parsed: argparse.Namespace) -> int:
     with progress(parsed.json):
         report = build(config)
     return print_result(report.to_json(), as_json=True) if parsed.json else 0
-
-
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path", metavar="FILE|STORE", type=Path, help="a data file, or a folder made by `sci-gpt build`"
-    )
-    parser.add_argument(
-        "--family", metavar="NAME", help="who reads a file; left out, it follows from the file's ending"
-    )
-    _json_argument(parser)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
@@ -170,16 +144,6 @@ def _inspect(parsed: argparse.Namespace) -> int:
     return print_result(inspect_file(parsed.path, family), as_json=parsed.json)
 
 
-def _pretrain_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    parser.add_argument(
-        "--processes",
-        metavar="N",
-        type=int,
-        help="local processes, in place of parallel.processes; the losses do not depend on it",
-    )
-
-
 def _pretrain(parsed: argparse.Namespace) -> int:
     from sci_gpt.config import PretrainConfig, load_config, show_config
 
@@ -190,9 +154,16 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     if parsed.show:
         print(show_config(config), end="")
         return 0
-    from sci_gpt.train.run_folder import read_complete
-    from sci_launch.local import WorkerFailure, pretrain
+    return _train_here(config)
 
+
+def _train_here(config: Any, *, dry_run: bool = False) -> int:
+    from sci_gpt.train.run_folder import read_complete
+    from sci_launch.local import WorkerFailure, describe, pretrain
+
+    if dry_run:
+        print(describe(config))
+        return 0
     try:
         code = pretrain(config)
     except WorkerFailure as failure:  # a defect or a kill, not the user's error: the worker's last lines say which
@@ -206,12 +177,20 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     return code
 
 
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    parser.add_argument(
-        "--run", metavar="FOLDER", type=Path, help="the run to score; left out, the configuration's output"
-    )
-    _json_argument(parser)
+def _launch(parsed: argparse.Namespace) -> int:
+    from sci_gpt.config import PretrainConfig, load_config, show_config
+
+    config = load_config(parsed.config, PretrainConfig, overrides=arguments.launch_overrides(parsed))
+    wishes = arguments.slurm_wishes(parsed)
+    if parsed.show:
+        print(show_config(config), end="")
+    elif parsed.on == "local":
+        return _train_here(config, dry_run=parsed.dry_run)
+    else:
+        from sci_launch.slurm import Wishes, launch
+
+        launch(config, Wishes(**wishes), dry_run=parsed.dry_run)
+    return 0
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
@@ -226,33 +205,6 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     with progress(parsed.json):
         result = evaluate(config, parsed.run or config.output)
     return print_result(result, as_json=True) if parsed.json else 0
-
-
-def _forecast_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="models:/NAME@candidate, a run, a checkpoint or an exported folder"
-    )
-    parser.add_argument("input", metavar="INPUT", type=Path, help="a netCDF, CSV or miniSEED file")
-    parser.add_argument(
-        "--horizon", type=int, required=True, help="steps ahead: of the input's time axis; traces: of 0.1 s"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="where the forecast goes, same kind as INPUT"
-    )
-    parser.add_argument(
-        "--quantiles", metavar="Q,Q,..", default="0.1,0.5,0.9", help="levels in 0..1 (default 0.1,0.5,0.9)"
-    )
-    parser.add_argument(
-        "--source", metavar="NAME", help="a source of the training data that INPUT belongs to; left out: unseen"
-    )
-    parser.add_argument(
-        "--place", metavar="LAT,LON[,ELEVATION]", help="where a CSV or miniSEED was recorded, degrees and m"
-    )
-    parser.add_argument("--time", metavar="COL", help="a CSV's time column; left out: the first one that holds times")
-    parser.add_argument(
-        "--columns", metavar="COL=VARIABLE[:UNIT],..", help="a CSV's columns in the words of the variable table"
-    )
-    _json_argument(parser)
 
 
 def _forecast(parsed: argparse.Namespace) -> int:
@@ -272,6 +224,19 @@ def _forecast(parsed: argparse.Namespace) -> int:
     return print_result(report, as_json=parsed.json)
 
 
+def _finetune(parsed: argparse.Namespace) -> int:
+    if not parsed.input.exists():  # before torch is imported, which takes seconds
+        raise DataError(f"no file {str(parsed.input)!r}; check the path")
+    from sci_evals.finetune_file import finetune_file, parse_words
+
+    name = parsed.name or parsed.input.stem
+    out = parsed.out or Path("runs") / f"finetune-{name}"
+    with progress(parsed.json):
+        request = parse_words(vars(parsed) | {"name": name})
+        report = finetune_file(parsed.model, parsed.input, request=request, out=out, register=parsed.register)
+    return print_result(report, as_json=True) if parsed.json else 0
+
+
 def _plan(parsed: argparse.Namespace) -> int:
     from sci_gpt.config import PretrainConfig, load_config, show_config
 
@@ -288,47 +253,143 @@ def _plan(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _config_and_json(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    _json_argument(parser)
+def _sweep(parsed: argparse.Namespace) -> int:
+    from sci_gpt.config import load_config, show_config
+    from sci_gpt.recipes.studies import SweepConfig
+
+    config = load_config(parsed.config, SweepConfig, overrides=tuple(parsed.overrides))
+    if parsed.show:
+        print(show_config(config), end="")
+        return 0
+    from sci_launch.local import WorkerFailure
+    from sci_launch.sweep import sweep
+
+    try:
+        with progress_of_processes(parsed.json):
+            result = sweep(config)
+    except WorkerFailure as failure:
+        print(f"sci-gpt: {failure}", file=sys.stderr)
+        return 1
+    return print_result(result, as_json=True) if parsed.json else 0
+
+
+def _fit(parsed: argparse.Namespace) -> int:
+    from sci_launch.fit import run
+
+    return run(parsed)
+
+
+def _transfer(parsed: argparse.Namespace) -> int:
+    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.recipes.studies import TransferConfig
+
+    config = load_config(parsed.config, TransferConfig, overrides=tuple(parsed.overrides))
+    if parsed.show:
+        print(show_config(config), end="")
+        return 0
+    from sci_evals.transfer import transfer
+
+    with progress_of_processes(parsed.json):
+        code = _train_here(load_config(config.pretrain, PretrainConfig))
+        result = transfer(config) if code == 0 else {}
+    return print_result(result, as_json=True) if parsed.json and code == 0 else code
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from sci_gpt.recipes.export import export
+
+    return print_result(export(parsed.model, parsed.out, data=parsed.data), as_json=parsed.json)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from sci_launch.doctor import describe, doctor
+
+    report = doctor(runs=parsed.runs, data=parsed.data)
+    if parsed.json:
+        print_result(report, as_json=True)
+    else:
+        print(describe(report))
+    return 0 if report["ok"] else 1
 
 
 COMMANDS: dict[str, Command] = {
     "build": Command(
         summary="read archives, split them, compute statistics and write shards",
         example="sci-gpt build configs/data/quickstart.yaml",
-        arguments=_config_and_json,
+        arguments=arguments.config_and_json,
         run=_build,
     ),
     "inspect": Command(
         summary="say what a file or a built store holds",
         example="sci-gpt inspect data/quickstart --json",
-        arguments=_inspect_arguments,
+        arguments=arguments.inspect_arguments,
         run=_inspect,
     ),
     "pretrain": Command(
         summary="train one model on all modalities; called again, it resumes from its last checkpoint",
         example="sci-gpt pretrain configs/pretrain/quickstart.yaml --processes 2",
-        arguments=_pretrain_arguments,
+        arguments=arguments.pretrain_arguments,
         run=_pretrain,
     ),
     "evaluate": Command(
         summary="score a run on held-out windows against honest baselines, and draw the report",
         example="sci-gpt evaluate configs/pretrain/quickstart.yaml",
-        arguments=_evaluate_arguments,
+        arguments=arguments.evaluate_arguments,
         run=_evaluate,
     ),
     "forecast": Command(
         summary="forecast from an unseen netCDF, CSV or miniSEED file; the same kind comes out, with quantiles",
         example="sci-gpt forecast models:/sci-gpt-quickstart@candidate station.csv --horizon 3 --out forecast.csv",
-        arguments=_forecast_arguments,
+        arguments=arguments.forecast_arguments,
         run=_forecast,
+    ),
+    "finetune": Command(
+        summary="adapt a model to a file of your own, and say whether the pretraining was worth it there",
+        example="sci-gpt finetune models:/sci-gpt-quickstart@candidate station.csv --target temp --units temp=degC",
+        arguments=arguments.finetune_arguments,
+        run=_finetune,
     ),
     "plan": Command(
         summary="parameters, tokens per step and memory per process of a run, before it starts",
         example="sci-gpt plan configs/pretrain/quickstart.yaml --json",
-        arguments=_config_and_json,
+        arguments=arguments.config_and_json,
         run=_plan,
+    ),
+    "launch": Command(
+        summary="start a pretraining run here, or submit it to Slurm, where it requeues itself until it is complete",
+        example="sci-gpt launch configs/pretrain/quickstart.yaml --on slurm --nodes 2 --dry-run",
+        arguments=arguments.launch_arguments,
+        run=_launch,
+    ),
+    "sweep": Command(
+        summary="train sizes x token budgets, finished points only once, and fit a law to their validation losses",
+        example="sci-gpt sweep configs/sweeps/quickstart.yaml",
+        arguments=arguments.config_and_json,
+        run=_sweep,
+    ),
+    "fit": Command(
+        summary="fit a scaling law to the points of trained models, with intervals and what they cannot tell",
+        example="sci-gpt fit POINTS.csv --law chinchilla --out runs/fit",
+        arguments=arguments.fit_arguments,
+        run=_fit,
+    ),
+    "transfer": Command(
+        summary="finetuned against from scratch on few examples of data that the pretraining never saw",
+        example="sci-gpt transfer configs/transfer/quickstart.yaml",
+        arguments=arguments.config_and_json,
+        run=_transfer,
+    ),
+    "export": Command(
+        summary="write a model as a folder that stands alone: safetensors, configuration, statistics, tokenizers, card",
+        example="sci-gpt export runs/quickstart --out runs/quickstart-exported",
+        arguments=arguments.export_arguments,
+        run=_export,
+    ),
+    "doctor": Command(
+        summary="check this machine and installation; exit code 1 where something that is needed is wrong",
+        example="sci-gpt doctor --json",
+        arguments=arguments.doctor_arguments,
+        run=_doctor,
     ),
 }
 

@@ -65,6 +65,16 @@ def pretrain(config: PretrainConfig) -> int:
     return 0
 
 
+def describe(config: PretrainConfig) -> str:
+    """What `pretrain` would start here, for `sci-gpt launch --on local --dry-run`."""
+    parallel = config.parallel
+    return (
+        f"would start {parallel.processes} processes of `{sys.executable} -m {WORKER} CONFIG` here, "
+        f"{parallel.threads_per_process} threads each; output {config.output}, data {config.data}, with CONFIG:\n"
+        f"{show_config(config)}"
+    ).rstrip()
+
+
 def run_workers(module: Sequence[str], *, processes: int, threads: int, meeting_place: Path) -> None:
     """Start `python -m module...` as ranks 0 .. processes - 1 and wait until all have ended.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,23 @@ def progress(to_stderr: bool) -> Iterator[None]:
         return
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+@contextlib.contextmanager
+def progress_of_processes(to_stderr: bool) -> Iterator[None]:
+    """As `progress`, for commands that start processes of their own: what those write goes to stderr as well."""
+    if not to_stderr:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with progress(True):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> int:

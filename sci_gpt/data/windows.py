@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from sci_gpt.data.order import keyed
-from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
 
@@ -41,11 +41,23 @@ class WindowSpec:
             )
 
 
+class Stretches(Protocol):
+    """Where windows are cut from: a built `Store`, or stretches in memory (`held.Held`)."""
+
+    def stretches(self, source: str, split: str) -> np.ndarray:
+        """A record per stretch of a split, with the field `num_times`."""
+        ...
+
+    def read(self, source: str, split: str, *, index: int, start: int, stop: int) -> Sample:
+        """The times [start, stop) of a stretch."""
+        ...
+
+
 class Windows:
     """The windows of one split of one source.
 
     Args:
-        store: the built store.
+        store: the built store, or stretches in memory.
         spec: shape of the windows.
         split: "train", "valid" or "test".
         frame_times: entries of the time axis per frame (the tokenizer's).
@@ -57,7 +69,14 @@ class Windows:
     """
 
     def __init__(
-        self, store: Store, spec: WindowSpec, *, split: str, frame_times: int, shuffle_time: bool = False, seed: int = 0
+        self,
+        store: Stretches,
+        spec: WindowSpec,
+        *,
+        split: str,
+        frame_times: int,
+        shuffle_time: bool = False,
+        seed: int = 0,
     ) -> None:
         self.store, self.spec, self.split, self.frame_times = store, spec, split, frame_times
         self.shuffle_time, self.seed = shuffle_time, seed

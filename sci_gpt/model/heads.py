@@ -15,9 +15,12 @@ from sci_gpt.model.layers import RMSNorm
 from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import MEMORIES
 
-# Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of grids or series
-# starts at persistence, one of traces at 0.85 of its own autoregression.
-START_LEAN = {"grid": 1.0, "series": 1.0, "trace": 0.15}
+# Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of series starts at
+# persistence, one of grids half way to its anchor, one of traces at 0.85 of its own autoregression.
+START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
+# A grid's correction has a number for each cell of a patch, far more than a lean: this factor slows its learning,
+# so that a few years of monthly fields are not learned by heart.
+GRID_PACE = 0.25
 _FARTHEST = 8.0  # spreads of the anchor; a last value farther away counts as this far
 LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic of scale 1
 
@@ -99,11 +102,21 @@ def _spread(payload: PayloadInputs, log_spread: Tensor, *, recent: Tensor) -> Te
 
 
 class GaussianHead(nn.Module):
-    """Head of grids and traces: a location and a spread per value."""
+    """Head of grids and traces: a location and a spread per value.
 
-    def __init__(self, width: int, num_variables: int, *, num_values: int, num_memories: int, start: float) -> None:
+    Args:
+        width, num_variables: as for `Head`.
+        num_values: K of a token.
+        num_memories: J that the modality has.
+        start: of START_LEAN.
+        pace: factor of the correction; below 1 it is learned more slowly.
+    """
+
+    def __init__(
+        self, width: int, num_variables: int, *, num_values: int, num_memories: int, start: float, pace: float = 1.0
+    ) -> None:
         super().__init__()
-        self.start_lean = start
+        self.start_lean, self.pace = start, pace
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
 
@@ -111,7 +124,7 @@ class GaussianHead(nn.Module):
         """(N, width) to (U, V, K) predictions."""
         correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
         return GaussianPrediction(
-            mean=_located(payload, correction, lean=lean, start=self.start_lean),
+            mean=_located(payload, self.pace * correction, lean=lean, start=self.start_lean),
             log_spread=_spread(payload, log_spread, recent=recent),
         )
 

@@ -65,6 +65,25 @@ class Predictor:
             start = stop
         return out
 
+    @torch.no_grad()
+    def embed(self, samples: Sequence[Sample], *, num_context: int) -> list[np.ndarray]:
+        """What the trunk knows at the end of each sample's context, before any question is put to a head.
+
+        Args:
+            samples: of num_context + 1 frames each; of the last one only its time is used.
+            num_context: frames of context.
+
+        Returns:
+            Per sample float32 (slots, width).
+        """
+        self.model.eval()
+        out = []
+        for sample in samples:
+            tokens = self._document(sample, num_context, leads=(1,))
+            batch = collate([[tokens]], num_context * tokens.num_slots, context_only=True)
+            out.append(self.model.trunk(to_inputs(batch))[-tokens.num_slots :].float().numpy())
+        return out
+
     def _document(self, sample: Sample, num_context: int, *, leads: tuple[int, ...]) -> Tokens:
         tokenizer = self.tokenizers[sample.modality]
         known = num_context * tokenizer.frame_times

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
-from sci_gpt.model.heads import START_LEAN, GaussianHead, MixtureHead, Prediction
+from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
 from sci_gpt.model.inputs import ModelInputs
 from sci_gpt.model.layers import Block, RMSNorm, Rotary
 from sci_gpt.model.shapes import ModelShape
@@ -51,7 +51,12 @@ class SciGPT(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 "grid": GaussianHead(
-                    width, rows, num_values=values["grid"], num_memories=len(MEMORIES), start=START_LEAN["grid"]
+                    width,
+                    rows,
+                    num_values=values["grid"],
+                    num_memories=len(MEMORIES),
+                    start=START_LEAN["grid"],
+                    pace=GRID_PACE,
                 ),
                 "series": MixtureHead(width, rows, components=settings.mixture_components),
                 "trace": GaussianHead(

@@ -13,8 +13,10 @@ from sci_gpt.data.calendars import posix_clock
 from sci_gpt.data.source_grid import nominal_step
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.film import Column, Film, Notes, column_of, extend_values, refuse_missing, split_header
+from sci_gpt.recipes.table_guess import TableWords, read_table
 from sci_tokenizers.sample import Modality, Sample
 
+TABLE_OPTION = "table"  # of a source that was finetuned on a table: how that was read, so that the next is read alike
 # How far (in steps) a row may lie from the regular axis that the table's step makes, and still stand for that time.
 _SNAP = 0.25
 # A table whose regular axis would be longer than this many times its rows has no step to speak of.
@@ -30,6 +32,9 @@ class SeriesFilm(Film):
     modality: ClassVar[Modality] = "series"
 
     def __init__(self, data: pd.DataFrame, *, notes: Notes, options: Mapping[str, Any]) -> None:
+        if TABLE_OPTION in options and not notes.columns:
+            read = read_table(data, TableWords.from_options(options[TABLE_OPTION]), say=lambda line: None)
+            data, notes = read.table, replace(notes, columns=read.words.columns, time=None)
         table, self._zone = _timed(data, notes.time)
         self._columns = _columns(table, notes)
         self._axis = _regular_axis(table.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -120,16 +121,30 @@ def forecast_payload(
     Raises:
         DataError: bytes that are no such file; and as `LoadedModel.forecast`.
     """
-    try:
-        data = kind.read(payload)
-    except (OSError, ValueError, RuntimeError, TypeError, pd.errors.ParserError, ObsPyMSEEDError) as error:
-        cause = " ".join(str(error).split())[:120]
-        raise DataError(f"{where} cannot be read as {kind.name}: {cause}; give a whole {kind.name} file") from error
+    data = _understood(kind, payload, where=where)
     try:
         answer = model.forecast(data, horizon, quantiles=options.levels, notes=options.notes)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return kind.write(answer)
+
+
+def read_data(kind: FileKind, path: Path) -> tuple[Any, str]:
+    """The object in a file, and the file's sha256.
+
+    Raises:
+        DataError: a file that is missing, unreadable or not of this kind.
+    """
+    payload = _bytes(path)
+    return _understood(kind, payload, where=str(path)), hashlib.sha256(payload).hexdigest()
+
+
+def _understood(kind: FileKind, payload: bytes, *, where: str) -> Any:
+    try:
+        return kind.read(payload)
+    except (OSError, ValueError, RuntimeError, TypeError, pd.errors.ParserError, ObsPyMSEEDError) as error:
+        cause = " ".join(str(error).split())[:120]
+        raise DataError(f"{where} cannot be read as {kind.name}: {cause}; give a whole {kind.name} file") from error
 
 
 def kind_of(path: Path) -> FileKind:
@@ -224,4 +239,4 @@ KINDS: dict[str, FileKind] = {
     )
 }
 
-__all__ = ["KINDS", "FileKind", "FileOptions", "forecast_file", "forecast_payload", "kind_of"]
+__all__ = ["KINDS", "FileKind", "FileOptions", "forecast_file", "forecast_payload", "kind_of", "read_data"]

@@ -28,6 +28,7 @@ from sci_gpt.recipes import parts
 from sci_gpt.recipes.film import Film, Notes
 from sci_gpt.recipes.film_grid import tiles
 from sci_gpt.recipes.films import film_kind
+from sci_gpt.recipes.rows import in_this_table
 from sci_gpt.train.checkpoint import latest, read_state, read_weights
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics, statistics_from_json
@@ -146,7 +147,7 @@ class LoadedModel:
                 f"nearest: {nearest(notes.source, self.sources)!r}"
             )
         kind = film_kind(data)
-        film = kind(data, notes=notes, options=self._reader_options(kind.modality, notes.source))
+        film = kind(data, notes=notes, options=self.reader_options(kind.modality, notes.source))
         answers = [self._answer(film, index, horizon=horizon, levels=levels) for index in range(len(film.contexts))]
         return film.answer(answers, levels)
 
@@ -184,7 +185,7 @@ class LoadedModel:
             )
         return entries[nearest]
 
-    def _reader_options(self, modality: str, source: str | None) -> Mapping[str, Any]:
+    def reader_options(self, modality: str, source: str | None) -> Mapping[str, Any]:
         """Options of the reader of `source`, else of the first source of this modality in the mixture."""
         names = [source] if source is not None else [entry.source for entry in self.config.mixture]
         facts = (self.sources[name] for name in names if name in self.sources)
@@ -193,8 +194,8 @@ class LoadedModel:
     def _refuse_foreign(self, sample: Sample) -> None:
         """A sample said to be of a trained source must have its channels: their statistics scale it."""
         known = self.statistics.get(sample.source, {})
-        for channel in sample.channels:
-            if known and channel not in known:
+        for v, channel in enumerate(sample.channels):
+            if known and channel not in known and sample.valid[:, v].any():
                 raise ConfigError(
                     f"source {sample.source!r} has no channel {channel!r}, it has {', '.join(known)}; leave --source "
                     "out for data that are not of it"
@@ -269,19 +270,29 @@ def load_model(uri: str | Path, *, tracking_uri: str | None = None) -> LoadedMod
         CheckpointError: nothing there, damaged, or of another model.
     """
     torch.set_flush_denormal(True)
+    folder = model_folder(uri, tracking_uri=tracking_uri)
+    if (folder / MODEL_JSON).exists():
+        return _read_export(folder)
+    return assemble(read_state(folder), read_weights(folder), where=str(folder))
+
+
+def model_folder(uri: str | Path, *, tracking_uri: str | None = None) -> Path:
+    """The exported folder (holds model.json) or the checkpoint that `uri` names; as `load_model`.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
     if str(uri).startswith("models:/"):
-        return _read_export(_registered(str(uri), tracking_uri))
+        return _registered(str(uri), tracking_uri)
     folder = Path(uri)
     if not folder.is_dir():
         raise CheckpointError(
             f"no model folder {str(uri)!r}; give a run folder, a checkpoint or models:/NAME@candidate"
         )
-    if (folder / MODEL_JSON).exists():
-        return _read_export(folder)
     checkpoint = latest(folder) if (folder / "checkpoints").is_dir() else folder
     if checkpoint is None:
         raise CheckpointError(f"run folder {str(folder)!r} holds no finished checkpoint; let `sci-gpt pretrain` run on")
-    return assemble(read_state(checkpoint), read_weights(checkpoint), where=str(checkpoint))
+    return checkpoint
 
 
 def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, where: str) -> LoadedModel:
@@ -292,12 +303,8 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
     """
     config = parse_config(dict(state["config"]), PretrainConfig, where=where)
     statistics = statistics_from_json(state["statistics"])
-    known = list(state.get("variables", VARIABLES))
-    if known != list(VARIABLES)[: len(known)]:
-        raise CheckpointError(
-            f"{where}: its variable table differs from this code's; load it with {state['code_version']}"
-        )
-    settings = replace(parts.model_settings(config), num_variables=len(known))
+    weights, num_variables = in_this_table(state, weights, where=where)
+    settings = replace(parts.model_settings(config), num_variables=num_variables)
     model = build_model(parts.model_shape(config), settings)
     try:
         model.load_state_dict(dict(weights), strict=True)

@@ -36,7 +36,7 @@ from sci_gpt.train.signals import Requests
 from sci_gpt.train.tracker import Tracker
 from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
 from sci_tokenizers.statistics import statistics_to_json
-from sci_tokenizers.variables import VARIABLES
+from sci_tokenizers.variables import BUILT_IN
 
 _BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 
@@ -159,11 +159,12 @@ def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters
 
 
 def _track(config: PretrainConfig, store: Store) -> Tracker:
+    parent = {"mlflow.parentRunId": config.tracking.parent_run} if config.tracking.parent_run else {}
     return Tracker(
         parts.tracking_target(config),
         config.output,
         parameters=config.model_dump(mode="json"),
-        tags={"fingerprint": store.fingerprint, "code_version": code_version()},
+        tags={"fingerprint": store.fingerprint, "code_version": code_version()} | parent,
         artifacts=(config.output / CONFIG,),
         history=history(config.output),
     )
@@ -178,7 +179,7 @@ def _state(config: PretrainConfig, store: Store, *, identity: dict[str, Any]) ->
         "tokenizers": tree["tokenizer"],
         "fingerprint": store.fingerprint,
         "code_version": code_version(),
-        "variables": list(VARIABLES),
+        "variables": list(BUILT_IN),
         "statistics": statistics_to_json(store.statistics),
         "sources": {
             source: {

@@ -15,11 +15,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from sci_gpt.config import PretrainConfig
+from sci_gpt.config import PretrainConfig, TrackingConfig
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.recipes import served
 from sci_gpt.recipes.export import CARD, export_model
+from sci_gpt.recipes.load import MODEL_JSON, tracking_address
 from sci_gpt.train.checkpoint import latest, read_state
 from sci_gpt.train.run_folder import TRACKING
 from sci_tokenizers import sample
@@ -76,7 +77,7 @@ def register_model(config: PretrainConfig, run_folder: Path) -> str:
         folder = Path(parent) / "model"
         description = export_model(checkpoint, folder, manifest=store.manifest)
         try:
-            version = _log(config, folder, description=description, run_id=_training_run(run_folder))
+            version = _log(config.tracking, folder, description=description, run_id=_training_run(run_folder))
         except MlflowException as error:
             raise CheckpointError(
                 f"registry {config.tracking.uri!r} refused {name!r}: {error.message}; the run is saved; mend the "
@@ -102,9 +103,8 @@ def _training_run(run_folder: Path) -> str | None:
     return str(json.loads(path.read_text(encoding="utf-8"))["run_id"]) if path.exists() else None
 
 
-def _experiment(client: mlflow.MlflowClient, config: PretrainConfig) -> str:
+def _experiment(client: mlflow.MlflowClient, tracking: TrackingConfig) -> str:
     """Id of the run's experiment, whose artifacts lie where the configuration says."""
-    tracking = config.tracking
     if tracking.uri.startswith("sqlite:///"):
         Path(tracking.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     found = client.get_experiment_by_name(tracking.experiment)
@@ -113,14 +113,55 @@ def _experiment(client: mlflow.MlflowClient, config: PretrainConfig) -> str:
     return str(client.create_experiment(tracking.experiment, Path(tracking.artifacts).absolute().as_uri()))
 
 
-def _log(config: PretrainConfig, folder: Path, *, description: Mapping[str, Any], run_id: str | None) -> str:
+def track_finetuning(
+    folder: Path, *, params: Mapping[str, Any], metrics: Mapping[str, float], register: str | None
+) -> str | None:
+    """Log a finetuning as a run of the experiment "finetune"; with `register` its model, under that name.
+
+    Args:
+        folder: holds model.json and what else belongs to the run; its files become artifacts.
+        params, metrics: of the run.
+        register: name of the registered model; None: the run alone.
+
+    Returns:
+        The version of the registered model, where there is one.
+
+    Raises:
+        CheckpointError: a tracking server that refuses; the folder is saved all the same.
+    """
+    address = tracking_address(None)
+    tracking = TrackingConfig(uri=address, experiment="finetune", registered_model=register)
+    description = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
+    try:
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        mlflow.set_tracking_uri(address)
+        client = mlflow.MlflowClient()
+        run = client.create_run(_experiment(client, tracking), run_name=folder.name)
+        for name, value in params.items():
+            client.log_param(run.info.run_id, name, value)
+        for name, metric in metrics.items():
+            client.log_metric(run.info.run_id, name, metric)
+        for path in sorted(folder.glob("finetune.*")):
+            client.log_artifact(run.info.run_id, str(path))
+        version = _log(tracking, folder, description=description, run_id=run.info.run_id) if register else None
+        client.set_terminated(run.info.run_id)
+    except MlflowException as error:
+        raise CheckpointError(
+            f"tracking server {address!r} refused the finetuning: {error.message}; {str(folder)!r} is saved; mend the "
+            "server, or name another in MLFLOW_TRACKING_URI"
+        ) from error
+    return version
+
+
+def _log(tracking: TrackingConfig, folder: Path, *, description: Mapping[str, Any], run_id: str | None) -> str:
     """Log the exported folder into the training run, register it, move the alias; returns the version."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    name = str(config.tracking.registered_model)
-    mlflow.set_tracking_uri(config.tracking.uri)
+    name = str(tracking.registered_model)
+    mlflow.set_tracking_uri(tracking.uri)
     client = mlflow.MlflowClient()
-    with mlflow.start_run(run_id=run_id, experiment_id=_experiment(client, config), log_system_metrics=False):
+    with mlflow.start_run(run_id=run_id, experiment_id=_experiment(client, tracking), log_system_metrics=False):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=served.__file__,

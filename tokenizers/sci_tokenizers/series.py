@@ -128,14 +128,14 @@ def _normalisation(
     values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
     frames, slots = values.shape
     offset, floor = np.zeros((frames, slots)), np.full(slots, 1e-9)
-    centred, known = np.zeros((frames, slots)), np.zeros(slots, bool)
+    centred, farthest = np.zeros((frames, slots)), np.zeros((2, slots))
     for s, (name, channel) in enumerate(zip(sample.variables, sample.channels, strict=True)):
         transformed = forward_transform(values[:, s].astype(np.float64), name)
         row = statistics.get(channel) if statistics else None
         if row is not None:
             piles_up = VARIABLES[name].piles_up
             offset[:, s] = row.mean if piles_up else row.climatology_at(sample.year_phase, sample.day_phase)
-            floor[s], known[s] = row.step_std, True
+            floor[s], farthest[:, s] = row.step_std, (row.minimum - row.mean, row.maximum - row.mean)
         centred[:, s] = transformed - offset[:, s]
     seen = np.where(valid[:num_context], centred[:num_context], np.nan)
     seen[:, ~valid[:num_context].any(axis=0)] = 0.0
@@ -144,8 +144,9 @@ def _normalisation(
     # A context of calm or dry hours would make its own scale so small that the first gust or shower is clipped: the
     # training split's one-step spread is the floor.
     scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
-    # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home.
-    return centred, offset, scale, np.where(known, -level / scale, 0.0)
+    # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home. With
+    # them a level beyond all of training (CO2 after 30 years more) is taken for the farthest one that training saw.
+    return centred, offset, scale, -np.clip(level, *farthest) / scale
 
 
 def _kin(variables: tuple[str, ...]) -> np.ndarray:

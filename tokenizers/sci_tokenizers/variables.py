@@ -123,8 +123,28 @@ VARIABLES: dict[str, Variable] = _table(
     Variable(name="ground_velocity_north", unit="m s-1", kind="interval", minimum=-50.0, maximum=50.0),
     Variable(name="ground_velocity_east", unit="m s-1", kind="interval", minimum=-50.0, maximum=50.0),
 )
-VARIABLE_NAMES: tuple[str, ...] = tuple(VARIABLES)
+BUILT_IN: tuple[str, ...] = tuple(VARIABLES)  # what every model of this code has a row for, in this order
+VARIABLE_NAMES: list[str] = list(VARIABLES)
 VARIABLE_INDEX: dict[str, int] = {name: index for index, name in enumerate(VARIABLES)}
+
+
+def declare(variable: Variable) -> None:
+    """Add a variable to the table of this process; saying the same thing twice is no error.
+
+    Raises:
+        UnitError: the name is in the table with another unit, kind or transform.
+    """
+    known = VARIABLES.get(variable.name)
+    if known is not None and known != variable:
+        raise UnitError(
+            f"variable {variable.name!r} is in the table already, in {known.unit!r} and of kind {known.kind}, and is "
+            f"declared in {variable.unit!r} and of kind {variable.kind}; give the new one another name"
+        )
+    if known is None:
+        VARIABLES[variable.name] = variable
+        VARIABLE_INDEX[variable.name] = len(VARIABLE_NAMES)
+        VARIABLE_NAMES.append(variable.name)
+
 
 # unit -> (dimension, factor, offset): value_in_base = value * factor + offset
 _UNITS: dict[str, tuple[str, float, float]] = {
@@ -178,14 +198,22 @@ def convert(values: np.ndarray, unit: str, *, variable: str, where: str) -> np.n
     if unit == own:
         return np.asarray(values, np.float64)
     known = _UNITS.get(unit)
-    if known is None or known[0] != _UNITS[own][0]:
-        options = sorted(name for name, row in _UNITS.items() if row[0] == _UNITS[own][0])
+    if known is None or own not in _UNITS or known[0] != _UNITS[own][0]:
+        options = sorted(units_of(variable))
         raise UnitError(
             f"{where}: {variable} is held in {own!r}, and {unit!r} does not convert to it; "
             f"name one of {options} as the file's unit"
         )
     base = np.asarray(values, np.float64) * known[1] + known[2]
     return (base - _UNITS[own][2]) / _UNITS[own][1]
+
+
+def units_of(variable: str) -> list[str]:
+    """Units that convert to the variable's own; a declared variable in a unit of its own has that alone."""
+    own = VARIABLES[variable].unit
+    if own not in _UNITS:
+        return [own]
+    return [name for name, row in _UNITS.items() if row[0] == _UNITS[own][0]]
 
 
 def forward_transform(values: np.ndarray, variable: str) -> np.ndarray:
