@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sci_gpt.config import Config, DataConfig, PretrainConfig, load_config, parse_config, show_config
+from sci_gpt.config import DataConfig, PretrainConfig, load_config, parse_config, show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes.studies import SweepConfig, TransferConfig
 
