@@ -43,9 +43,9 @@ def file_of(package: str, name: str) -> Path:
 
 
 def make_grid(path: Path) -> None:
-    """Annual air temperature over North America under scenario E1 from 2050 on: the build reads scenario A1B, which
-    shares
-    the years before 2000 and trains on no year after 2010.
+    """Annual air temperature over North America under scenario E1 from 2050 on.
+
+    The build reads scenario A1B, which shares the years before 2000 and trains on no year after 2010.
     """
     with xr.open_dataset(file_of("iris_sample_data", "sample_data/E1_north_america.nc")) as whole:
         later = whole.isel(time=[date.year >= 2050 for date in whole["time"].values])
