@@ -6,6 +6,7 @@ from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -242,6 +243,15 @@ class TrackingConfig(Node):
     experiment: str
     registered_model: str | None
     parent_run: str | None = None
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if urlsplit(self.uri).password is not None:
+            raise ValueError(
+                "uri holds a password, which would stand in logs, reports and MLflow; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return self
 
 
 class EvaluateConfig(Node):

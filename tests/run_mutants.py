@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,11 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
+import torch
+
 from house_tree import FILES, FOLDERS, PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"name", "file", "old", "new", "test"}
 WORKERS, SECONDS = 2, 120.0
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "hypothesis", "pandas", "xarray", "scipy.signal", "torch", "matplotlib"])
 # Prints where Python finds the packages: it must be the copy, whatever is installed beside it.
 WHERE = "import sys, importlib; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
 
@@ -103,28 +109,41 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def run_tests(tree: Path, nodes: Sequence[str]) -> Outcome:
-    """Run pytest on these node ids in `tree`, at most `SECONDS` long for each of them."""
+    """Run pytest on these node ids in `tree`, at most `SECONDS` long for each of them.
+
+    In a process forked from one that has imported the libraries: most of the tests are shorter than those imports.
+    """
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *nodes]
-    child = subprocess.Popen(
-        command,
-        cwd=tree,
-        env=environment(tree),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = child.communicate(timeout=SECONDS * len(nodes))
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # our own session: the test and the processes that it started
-        child.communicate()
-        return Outcome(verdict="broken", seconds=time.monotonic() - began, last_line="took too long")
-    verdict = {0: "passed", 1: "failed"}.get(child.returncode, "broken")
-    lines = [line for line in output.splitlines() if line.strip()]
+    with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
+        output = Path(scratch) / "output.txt"
+        child = FORKS.Process(target=_pytest, args=(tree, list(nodes), output))
+        child.start()
+        child.join(SECONDS * len(nodes))
+        if child.exitcode is None:
+            assert child.pid is not None
+            os.killpg(child.pid, signal.SIGKILL)  # its own session: the test and the processes that it started
+            child.join()
+            return Outcome(verdict="broken", seconds=time.monotonic() - began, last_line="took too long")
+        lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.strip()]
+    verdict = {0: "passed", 1: "failed"}.get(child.exitcode, "broken")
     told = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "no output")
     return Outcome(verdict=verdict, seconds=time.monotonic() - began, last_line=told)
+
+
+def _pytest(tree: Path, nodes: Sequence[str], output: Path) -> None:
+    """In a forked process: pytest in `tree`, its packages and test modules first, everything said into a file."""
+    os.setsid()
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    os.environ.update(environment(tree))
+    torch.set_num_threads(1)
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [str(tree / folder) for folder in PACKAGES] + [path for path in sys.path if path != here]
+    for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(here)]:
+        del sys.modules[name]
+    sys.exit(pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", *nodes]))
 
 
 def run_mutation(tree: Path, mutation: Mutation) -> Outcome:
@@ -138,6 +157,17 @@ def run_mutation(tree: Path, mutation: Mutation) -> Outcome:
         path.write_text(good, encoding="utf-8")
 
 
+def shared_out(nodes: Sequence[str]) -> list[list[str]]:
+    """The tests without repetition, one share per worker; a file's tests (and so its fixtures) stay together."""
+    files: dict[str, list[str]] = {}
+    for node in dict.fromkeys(nodes):
+        files.setdefault(node.split("::")[0], []).append(node)
+    shares: list[list[str]] = [[] for _ in range(WORKERS)]
+    for own in sorted(files.values(), key=len, reverse=True):
+        min(shares, key=len).extend(own)
+    return [share for share in shares if share]
+
+
 def run_all(mutations: Sequence[Mutation], root: Path) -> dict[str, Outcome]:
     """The outcome of every mutation's test, two at a time, each worker in a copy of its own.
 
@@ -149,11 +179,13 @@ def run_all(mutations: Sequence[Mutation], root: Path) -> dict[str, Outcome]:
         for number in range(WORKERS):
             copy_tree(root, Path(scratch) / str(number))
             trees.put(Path(scratch) / str(number))
-        nodes = list(dict.fromkeys(mutation.test for mutation in mutations))
-        whole = run_tests(Path(scratch) / "0", nodes)
-        print(f"unbroken: {len(nodes)} tests {whole.verdict} in {whole.seconds:.1f} s", flush=True)
-        if whole.verdict != "passed":
-            raise MutationError(f"the named tests must pass on the unbroken product: {whole.last_line}")
+        shares = shared_out([mutation.test for mutation in mutations])
+        with ThreadPoolExecutor(WORKERS) as pool:
+            wholes = list(pool.map(lambda i: run_tests(Path(scratch) / str(i), shares[i]), range(len(shares))))
+        for nodes, whole in zip(shares, wholes, strict=True):
+            print(f"unbroken: {len(nodes)} tests {whole.verdict} in {whole.seconds:.1f} s", flush=True)
+            if whole.verdict != "passed":
+                raise MutationError(f"the named tests must pass on the unbroken product: {whole.last_line}")
 
         def work(mutation: Mutation) -> Outcome:
             tree = trees.get()

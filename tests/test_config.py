@@ -136,6 +136,14 @@ def test_a_wrong_value_is_refused_with_its_place_and_what_came(
         load_config(write(tmp_path, tree), PretrainConfig)
 
 
+def test_a_password_in_the_tracking_address_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    tree = pretrain_tree()
+    tree["tracking"]["uri"] = "https://me:hush@host.example"
+    with pytest.raises(ConfigError, match="tracking: uri holds a password.*MLFLOW_TRACKING_PASSWORD") as refused:
+        load_config(write(tmp_path, tree), PretrainConfig)
+    assert "hush" not in str(refused.value)
+
+
 def test_overrides_reach_into_lists_by_number_and_by_name_and_into_absent_parts(tmp_path: Path) -> None:
     overrides = (
         "phases.0.row_length=512",

@@ -194,7 +194,7 @@ def test_evaluation_scores_every_source_and_control(
 ) -> None:
     config, run, result = evaluation
     rows = result["rows"]
-    for model in ("trained", "untrained", "anchor", "time-shuffled"):
+    for model in ("trained", "untrained", "anchor", "trained over anchor", "time-shuffled"):
         assert {row["source"] for row in rows if row["model"] == model} == {"field", "station", "quake"}
     assert {row["metric"] for row in rows} == {"crps", "mae", "scaled crps"}
     # The stand-in untrained model is thirty times too wide: it must score worse than the other.

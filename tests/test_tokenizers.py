@@ -32,7 +32,7 @@ PER_FRAME_INPUTS = (
     "volatility",
     "frame_features",
 )
-PER_SLOT_INPUTS = ("variable", "row", "column", "slot_features", "log_scale", "scale")
+PER_SLOT_INPUTS = ("variable", "row", "column", "slot_features", "log_scale", "scale", "pile")
 
 
 def made(modality: str, *, seed: int = 0, missing: float = 0.15) -> tuple[Tokenizer, Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sci_evals.metrics import LEVELS
 from sci_evals.report import write_report
 from sci_evals.results import (
     ANCHOR,
+    LEARNED,
     SHUFFLED,
     TRAINED,
     UNTRAINED,
@@ -58,6 +59,10 @@ class Contest:
     forecasts: dict[str, Forecast]
     baselines: dict[str, WindowScores]
 
+    def over_anchor(self, models: Mapping[str, WindowScores]) -> Contest:
+        """The same windows with the anchor as the only one to beat: what is gained over it was learned."""
+        return replace(self, baselines={ANCHOR: models[ANCHOR]})
+
     def rows(self, models: Mapping[str, WindowScores], *, config: PretrainConfig, index: np.ndarray) -> list[Score]:
         """Models, scored on the windows `index`, against the baselines on the same windows."""
         windows = self.test.take(index)
@@ -87,7 +92,7 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     """
     begin, store = time.monotonic(), Store.open(config.data)
     loaded = load_matching(run, store)
-    starts = {UNTRAINED: loaded.untrained(), ANCHOR: loaded.anchor()}
+    untrained, anchor = loaded.untrained().predictor, loaded.anchor().predictor
     control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
     rows: list[Score] = []
     exhibits: list[Exhibit] = []
@@ -103,12 +108,11 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
             for number, channel in enumerate(contest.test.channels)
             if number not in scored_channels(contest.test)
         }
-        whole = {TRAINED: score_model(loaded.predictor, contest.test)}
-        rows += contest.rows(whole, config=config, index=np.arange(contest.test.num_windows))
-        some = control_windows(contest.test.num_windows)
-        few = contest.test.take(some)
-        scored = {name: score_model(start.predictor, few) for name, start in starts.items()}
-        rows += contest.rows(scored, config=config, index=some)
+        whole = {TRAINED: score_model(loaded.predictor, contest.test), ANCHOR: score_model(anchor, contest.test)}
+        every, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
+        rows += contest.rows(whole, config=config, index=every)
+        rows += contest.over_anchor(whole).rows({LEARNED: whole[TRAINED]}, config=config, index=every)
+        rows += contest.rows({UNTRAINED: score_model(untrained, contest.test.take(some))}, config=config, index=some)
         if control is not None:
             rows += score_shuffled(contest, train, control=control, config=config)
         exhibits += make_exhibits(

@@ -57,7 +57,7 @@ def draw_skill(rows: Sequence[Score]) -> Figure:
 
     Bars beyond the axis are labelled at its edge.
     """
-    shown = headline(rows)
+    shown = [row for row in headline(rows) if row.model in _MODEL_COLOURS]
     names = list(dict.fromkeys((row.source, row.lead) for row in shown))
     models = [model for model in _MODEL_COLOURS if any(row.model == model for row in shown)]
     figure = new_figure(10.5, 1.6 + 0.36 * len(names))

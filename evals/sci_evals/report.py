@@ -66,10 +66,10 @@ Traces are scored record by record in counts, and over the context's root mean s
 are geometric means over records and components.
 
 untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
-shuffled in time, against baselines fitted and scored on such windows. Neither should show skill. anchor is what the
-model's heads correct, alone: a linear forecast fitted to the training split (grids, series) or an average of
-autoregressions of the record's own past (traces); what the trained row adds to it is what the network learned. All
-three are scored on a fixed subset of the windows (their number stands in the row).
+shuffled in time, against baselines fitted and scored on such windows. Neither should show skill. Both are scored on a
+fixed subset of the windows (their number stands in the row). anchor is what the model's heads correct, alone: a linear
+forecast fitted to the training split (grids, series) or an average of autoregressions of the record's own past
+(traces). trained over anchor has the anchor for its only baseline, on the same windows: what the network learned.
 """
 
 

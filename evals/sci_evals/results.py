@@ -17,8 +17,10 @@ from sci_evals.exhibits import Exhibit
 from sci_evals.scores import ALL, Score
 from sci_gpt.config import PretrainConfig
 from sci_gpt.train.run_folder import TRACKING
+from sci_gpt.train.tracker import warn_untracked
 
 TRAINED, UNTRAINED, ANCHOR, SHUFFLED = "trained", "untrained", "anchor", "time-shuffled"
+LEARNED = "trained over anchor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,8 @@ def print_table(results: Results) -> None:
             print("  ".join("-" * width for width in widths))
     print(
         "skill = 1 - score / score of the best baseline on the same windows, interval over resampled blocks; "
-        f"{UNTRAINED}, {ANCHOR} (the fitted linear prior or autoregression that the model corrects, alone) and "
-        f"{SHUFFLED} are scored on a fixed subset of the windows"
+        f"{ANCHOR}: the fitted linear prior or autoregression that the model corrects, alone; {LEARNED}: against it "
+        f"instead of the baselines; {UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
     )
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")
@@ -156,11 +158,7 @@ def log_results(results: Results, folder: Path) -> None:
         client.log_batch(known["run_id"], metrics=_metrics(results, now))
         client.log_artifacts(known["run_id"], str(folder), "report")
     except Exception as error:  # noqa: BLE001  servers fail in many ways, and none may cost the evaluation
-        cause = " ".join(str(error).split())[:300]
-        print(
-            f"warning: the evaluation is not in MLflow at {known['uri']} ({type(error).__name__}: {cause})",
-            file=sys.stderr,
-        )
+        warn_untracked(known["uri"], error, rest=f"the evaluation is in {folder}")
 
 
 def _metrics(results: Results, now: int) -> list[Any]:

@@ -75,13 +75,7 @@ FILES = (
         name="series.csv",
         make=make_series,
         horizon=12,
-        options=(
-            *("--time", "time_hour", "--place", "40.777,-73.873,7"),
-            *(
-                "--columns",
-                "temp=air_temperature:degF,humid=relative_humidity:%,pressure=air_pressure_at_mean_sea_level:hPa",
-            ),
-        ),
+        options=("--time", "time_hour", "--place", "40.777,-73.873,7", "--columns", WEATHER_COLUMNS),
     ),
     UnseenFile(name="trace.mseed", make=make_trace, horizon=20, options=("--place", "51.681,103.644,579")),
 )

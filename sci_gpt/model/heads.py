@@ -21,6 +21,10 @@ START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
 # A grid's correction has a number for each cell of a patch, far more than a lean: this factor slows its learning,
 # so that a few years of monthly fields are not learned by heart.
 GRID_PACE = 0.25
+# What `_pile_features` weigh in the pile's logit before training: a dry hour is often followed by another, a wet one
+# hardly ever by a dry one, in more frames it may.
+_PILE_START = (1.0, 0.0, -3.0, 1.0, 0.0)
+_PILE_WIDTH = 1 / 16  # scale of the pile's logistic, in bins: all but 1 / 1,500 of it lies in its bin
 _FARTHEST = 8.0  # spreads of the anchor; a last value farther away counts as this far
 LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic of scale 1
 
@@ -35,7 +39,10 @@ class GaussianPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class MixturePrediction:
-    """A mixture of M logistics over the bins of a series, (U, M) each, in scaled units."""
+    """A mixture of M logistics over the bins of a series, (U, M) each, in scaled units.
+
+    The last one is the pile: where a variable piles up it lies within one bin, elsewhere it weighs nothing.
+    """
 
     log_weight: Tensor
     mean: Tensor
@@ -101,6 +108,16 @@ def _spread(payload: PayloadInputs, log_spread: Tensor, *, recent: Tensor) -> Te
     return payload.unit_spread + (drawn + moved + log_spread).clamp(-6.0, 6.0)
 
 
+def _pile_features(payload: PayloadInputs) -> Tensor:
+    """What the logit of the pile is linear in, (U, 5): a value stays there or comes to it, over how many frames, and
+    from how far.
+    """
+    pile, last = (own[payload.unit_token][:, 0] for own in (payload.pile, payload.last[:, :, 0]))
+    away = torch.asinh((last - pile).nan_to_num().abs())
+    stays, ahead = (away == 0).to(away.dtype), payload.unit_lead.to(away.dtype).log()
+    return torch.stack([stays, stays * ahead, 1 - stays, (1 - stays) * ahead, away], dim=-1)
+
+
 class GaussianHead(nn.Module):
     """Head of grids and traces: a location and a spread per value.
 
@@ -130,22 +147,41 @@ class GaussianHead(nn.Module):
 
 
 class MixtureHead(nn.Module):
-    """Head of series: M logistics; their starting places are spread a little so that they can part."""
+    """Head of series: logistics whose starting places are spread a little so that they can part, and the pile.
 
-    def __init__(self, width: int, num_variables: int, *, components: int) -> None:
+    Args:
+        width, num_variables: as for `Head`.
+        components: logistics, the pile not counted.
+        bin_width: of the quantizer, in scaled units.
+    """
+
+    def __init__(self, width: int, num_variables: int, *, components: int, bin_width: float) -> None:
         super().__init__()
+        self.pile_spread = math.log(bin_width * _PILE_WIDTH)
         self.start_lean = START_LEAN["series"]
-        self.sizes = [components, components, components, components + len(MEMORIES), 1 + len(HORIZONS)]
+        self.sizes = [
+            components,
+            len(_PILE_START),
+            components,
+            components,
+            components + len(MEMORIES),
+            1 + len(HORIZONS),
+        ]
         self.head = Head(width, num_variables, outputs=sum(self.sizes))
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)
+        self.register_buffer("pile_start", torch.tensor(_PILE_START), persistent=False)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> MixturePrediction:
-        """(N, width) to (U, M) predictions (a series token holds one value)."""
-        logit, correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
-        spread = _spread(payload, log_spread, recent=recent)[:, 0]
+        """(N, width) to (U, 1 + components) predictions (a series token holds one value)."""
+        logit, pile_lean, correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
+        spread = _spread(payload, log_spread, recent=recent)[:, 0] - LOGISTIC
+        mean = _located(payload, self.start + correction, lean=lean, start=self.start_lean)[:, 0]
+        pile = payload.pile[payload.unit_token].to(mean.dtype)
+        weight = (_pile_features(payload) * (self.pile_start + pile_lean[:, 0])).sum(dim=-1, keepdim=True)
+        weight = weight.masked_fill(pile.isnan(), -torch.inf)
         return MixturePrediction(
-            log_weight=torch.log_softmax(logit[:, 0], dim=-1),
-            mean=_located(payload, self.start + correction, lean=lean, start=self.start_lean)[:, 0],
-            log_spread=spread - LOGISTIC,
+            log_weight=torch.log_softmax(torch.cat([logit[:, 0], weight], dim=-1), dim=-1),
+            mean=torch.cat([mean, pile.nan_to_num()], dim=-1),
+            log_spread=torch.cat([spread, torch.full_like(pile, self.pile_spread)], dim=-1),
         )

@@ -25,6 +25,7 @@ class PayloadInputs:
     ids: Tensor
     variable: Tensor
     log_scale: Tensor
+    pile: Tensor
     unit_token: Tensor
     unit_target: Tensor
     unit_anchor: Tensor

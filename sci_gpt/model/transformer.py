@@ -58,7 +58,12 @@ class SciGPT(nn.Module):
                     start=START_LEAN["grid"],
                     pace=GRID_PACE,
                 ),
-                "series": MixtureHead(width, rows, components=settings.mixture_components),
+                "series": MixtureHead(
+                    width,
+                    rows,
+                    components=settings.mixture_components,
+                    bin_width=settings.tokenizer.series_bin_width,
+                ),
                 "trace": GaussianHead(
                     width, rows, num_values=values["trace"], num_memories=0, start=START_LEAN["trace"]
                 ),

@@ -93,8 +93,12 @@ class LoadedModel:
         return replace(self, model=model, predictor=predictor, step=0)
 
     def anchor(self) -> LoadedModel:
-        """What the heads correct, alone: linear priors and autoregressions, nothing learned by gradients."""
+        """What the heads correct, alone: linear priors and autoregressions, nothing learned by gradients.
+
+        An untrained head adds nothing to them whatever the trunk says, so there is no trunk.
+        """
         one = self.untrained()
+        one.model.blocks = torch.nn.ModuleList()
         for head in one.model.heads.values():
             assert isinstance(head, GaussianHead | MixtureHead)
             head.start_lean = 0.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sci_gpt.train.run_folder import TRACKING, write_marker
-from sci_gpt.train.tracker import TrackingTarget, flatten
+from sci_gpt.train.tracker import TrackingTarget, flatten, warn_untracked
 
 _LONGEST_VALUE = 500
 PARENT_TAG = "mlflow.parentRunId"
@@ -92,10 +91,4 @@ class Study:
         except Exception as error:  # noqa: BLE001  servers fail in many ways, and none of them may end a study
             self.failures += 1
             if self.failures == 1:
-                cause = " ".join(str(error).split())[:300]
-                print(
-                    f"warning: tracking at {self.target.uri} failed ({type(error).__name__}: {cause}); the study goes "
-                    f"on, its results are in {self.folder}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn_untracked(self.target.uri, error, rest=f"the study goes on, its results are in {self.folder}")

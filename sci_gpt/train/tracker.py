@@ -209,13 +209,15 @@ class Tracker:
     def _failed(self, error: Exception) -> None:
         self.failures += 1
         if self.failures == 1:
-            cause = " ".join(str(error).split())[:300]
-            print(
-                f"warning: tracking at {self.target.uri} failed ({type(error).__name__}: {cause}); training goes on, "
-                f"all metrics are in {self.run / 'log.jsonl'}",
-                file=sys.stderr,
-                flush=True,
+            warn_untracked(
+                self.target.uri, error, rest=f"training goes on, all metrics are in {self.run / 'log.jsonl'}"
             )
+
+
+def warn_untracked(uri: str, error: Exception, *, rest: str) -> None:
+    """Say on standard error that MLflow at `uri` failed, why, and what becomes of the work."""
+    cause = " ".join(str(error).split())[:300]
+    print(f"warning: tracking at {uri} failed ({type(error).__name__}: {cause}); {rest}", file=sys.stderr, flush=True)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -84,6 +84,7 @@ class GridTokenizer(Tokenizer):
             frame_features=features,
             slot_features=self._slot_features(sample),
             log_scale=np.tile(log_scales(scale, sample), (slots, 1)),
+            pile=np.full((slots, len(scale)), np.nan, np.float32),
             offset=self._patches(offset.astype(np.float32)),
             scale=np.tile(scale.astype(np.float32), (slots, 1)),
             time=time,

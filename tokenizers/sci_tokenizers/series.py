@@ -20,6 +20,7 @@ _ORDERS = (4,)
 _REFIT = 16
 # Exact coordinates would name the station (or a climate model, by its grid): learned by heart they mislead at the next.
 _REGION_DEGREES = 10.0
+_PILE_SHARE = 0.2  # of a context's values that are equal: fewer are chance
 _SPREAD_FLOOR = 0.1  # of the context's scale: calm or dry hours foretell nothing of the next gust or shower
 
 
@@ -97,6 +98,7 @@ class SeriesTokenizer(Tokenizer):
             frame_features=features,
             slot_features=_slot_features(sample),
             log_scale=log_scales(scale, sample)[:, None],
+            pile=_pile(payload[:num_context, :, 0, 0], valid[:num_context], variables=sample.variables)[:, None],
             offset=offset.astype(np.float32)[:, :, None, None],
             scale=scale.astype(np.float32)[:, None],
             time=time,
@@ -147,6 +149,17 @@ def _normalisation(
     # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home. With
     # them a level beyond all of training (CO2 after 30 years more) is taken for the farthest one that training saw.
     return centred, offset, scale, -np.clip(level, *farthest) / scale
+
+
+def _pile(payload: np.ndarray, valid: np.ndarray, *, variables: tuple[str, ...]) -> np.ndarray:
+    """(S,) the commonest value of each slot's context (F, S), for variables that pile up; NaN where it is rare."""
+    out = np.full(len(variables), np.nan, np.float32)
+    for s, name in enumerate(variables):
+        if VARIABLES[name].piles_up and valid[:, s].any():
+            values, counts = np.unique(payload[valid[:, s], s], return_counts=True)
+            if counts.max() >= _PILE_SHARE * counts.sum():
+                out[s] = values[counts.argmax()]
+    return out
 
 
 def _kin(variables: tuple[str, ...]) -> np.ndarray:

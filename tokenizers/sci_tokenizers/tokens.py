@@ -41,6 +41,7 @@ class Tokens:
         frame_features: float32 (F, len(FRAME_FEATURES)); NaN where unknown.
         slot_features: float32 (S, len(SLOT_FEATURES)); NaN where unknown.
         log_scale: float32 (S, V), natural logarithm of the scale in physical units; NaN for uncalibrated counts.
+        pile: float32 (S, V), the scaled value at which a variable piles up (dry hours); NaN where it does not.
         offset: float32 (F, S, V, K), scale: float32 (S, V): how to decode.
         time: float64 (F,), end of each frame, seconds since 1970 on the corpus calendar.
         num_context: C; scales come from the first C frames, and only frames from C on are targets.
@@ -67,6 +68,7 @@ class Tokens:
     frame_features: np.ndarray
     slot_features: np.ndarray
     log_scale: np.ndarray
+    pile: np.ndarray
     offset: np.ndarray
     scale: np.ndarray
     time: np.ndarray
@@ -95,6 +97,7 @@ class Tokens:
             "frame_features": (frames, len(FRAME_FEATURES)),
             "slot_features": (slots, len(SLOT_FEATURES)),
             "log_scale": (slots, variables),
+            "pile": (slots, variables),
             "offset": (frames, slots, variables, values),
             "scale": (slots, variables),
             "time": (frames,),

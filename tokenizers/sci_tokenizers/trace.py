@@ -87,6 +87,7 @@ class TraceTokenizer(Tokenizer):
             frame_features=features,
             slot_features=_slot_features(sample),
             log_scale=log_scales(scale.T, sample),
+            pile=np.full(scale.T.shape, np.nan, np.float32),
             offset=np.broadcast_to(offset.T.astype(np.float32)[None, :, :, None], payload.shape),
             scale=scale.T.astype(np.float32),
             time=time,
