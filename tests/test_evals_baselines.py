@@ -12,7 +12,7 @@ from sci_evals.baseline import Baseline, fit_dressing, fit_shape
 from sci_evals.baselines import BASELINES, forecast_baselines
 from sci_evals.climatology import Climatology, context_anomalies, fit_climatology, season_seconds
 from sci_evals.metrics import LEVELS, MEDIAN, crps_gaussian_values
-from sci_evals.naive import DampedPersistence, Persistence, RecentMean, SeasonAgo, last_valid
+from sci_evals.naive import DampedPersistence, Persistence, RecentMean, RecentSpread, SeasonAgo, last_valid
 from sci_evals.ridge import Ridge, SeasonalRidge, lag_blocks
 from sci_evals.scores import score_baseline
 from sci_evals.tasks import EVAL_TASKS
@@ -246,6 +246,24 @@ def test_recent_mean_takes_the_best_count() -> None:
         count = baseline.counts[baseline.best[lead, 0, channel]]
         expected = train.context[:, -count:, channel].mean(axis=1)
         np.testing.assert_allclose(baseline.point(train)[:, lead, 0, channel], expected)
+
+
+def test_the_spread_of_the_context_is_followed_where_calm_and_rough_weeks_alternate() -> None:
+    """White noise, its deviation drawn per window: the CRPS of a forecast that knows it is 0.564 of it."""
+    shape = WindowShape(num_context=60, leads=(1,))
+    windows = windows_of([daily_station(years=40, seed=3)], shape, 200)
+    generator = np.random.default_rng(0)
+    deviation = np.exp(generator.normal(size=windows.num_windows))[:, None, None, None, None]
+    noise = generator.normal(size=windows.values.shape) * deviation
+    windows = replace(windows, values=(280.0 + noise).astype(np.float32))
+    train, test = windows.take(np.arange(0, 200, 2)), windows.take(np.arange(1, 200, 2))
+    spread = fitted(RecentSpread, train).predict(test)
+    logs = np.log(np.stack([spread.spread[:, 0, 0, 0, 0, 0], deviation[1::2, 0, 0, 0, 0]]))
+    assert np.corrcoef(logs)[0, 1] > 0.95
+    scores = {kind: score_baseline(test, fitted(kind, train).predict(test)) for kind in (RecentMean, RecentSpread)}
+    known, blind = (scores[kind].total["crps"].mean() for kind in (RecentSpread, RecentMean))
+    assert known < 0.95 * blind
+    assert known == pytest.approx(0.564 * deviation[1::2].mean(), rel=0.2)
 
 
 def test_season_ago_is_the_same_hour_of_the_day_before() -> None:

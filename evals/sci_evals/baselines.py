@@ -12,6 +12,7 @@ from sci_evals.naive import (
     DampedPersistence,
     Persistence,
     RecentMean,
+    RecentSpread,
     SeasonAgo,
     SeasonalClimatology,
 )
@@ -27,6 +28,7 @@ BASELINES: dict[str, type[Baseline]] = {
     "anomaly persistence": AnomalyPersistence,
     "damped persistence": DampedPersistence,
     "recent mean": RecentMean,
+    "recent mean and spread": RecentSpread,
     "season ago": SeasonAgo,
     "ridge": Ridge,
     "seasonal ridge": SeasonalRidge,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from sci_evals.baseline import DressedBaseline
+from sci_evals.baseline import DressedBaseline, Forecast, fit_shape
 from sci_evals.climatology import Climatology, context_anomalies, season_seconds
 from sci_evals.windowset import WindowSet
 
 _RECENT_COUNTS = (2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+_SPREAD_COUNT = 8.0  # values of the context that the training errors' spread weighs as much as
 
 
 def last_valid(values: np.ndarray) -> np.ndarray:
@@ -92,6 +94,33 @@ class RecentMean(DressedBaseline):
         context = windows.context
         means = np.stack([_mean_of_last(context, count) for count in self.counts])  # (k, N, V, Y, X)
         return np.moveaxis(means[self.best, :, np.arange(means.shape[2])], 3, 0)  # (lead, time, V, N, Y, X) -> N first
+
+
+class RecentSpread(RecentMean):
+    """The recent mean with the spread of its own context, drawn towards that of its training errors.
+
+    A calm week is followed by a calm day: what knows no more than how its context scatters must not gain by it.
+    """
+
+    def fit(self, train: WindowSet, climatology: Climatology) -> None:
+        """As every dressed baseline, then the shape of errors over the local spread."""
+        super().fit(train, climatology)
+        errors = train.future - self.training_point(train)
+        self.shape = fit_shape(errors / self._local(train))
+
+    def predict(self, test: WindowSet) -> Forecast:
+        """The recent mean, the local spread."""
+        return Forecast(mean=self.filled(test, self.point(test)), spread=self._local(test), shape=self.shape)
+
+    def _local(self, windows: WindowSet) -> np.ndarray:
+        """Root of the context's variance and the training errors' variance, weighted as so many values."""
+        known = ~np.isnan(windows.context)
+        count = known.sum(axis=1)
+        values = np.nan_to_num(windows.context)
+        mean = values.sum(axis=1) / np.maximum(count, 1)
+        squares = (np.where(known, windows.context - mean[:, None], 0.0) ** 2).sum(axis=1)[:, None, None]
+        seen = count[:, None, None]
+        return np.asarray(np.sqrt((squares + _SPREAD_COUNT * self.dressing.at(windows) ** 2) / (seen + _SPREAD_COUNT)))
 
 
 class SeasonAgo(DressedBaseline):

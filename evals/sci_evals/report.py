@@ -53,8 +53,9 @@ dependent windows (90 days of one climate model or station, seven days of hourly
 one record); the best baseline is chosen anew in each resample. One block gives no interval.
 
 Every baseline is probabilistic: its point forecast with the distribution of its own training errors, their spread by
-variable, lead and calendar month, their shape by variable and lead. Ridges see the same context as the model; their
-strength is cross-validated over whole groups, and their errors are those of held-back folds.
+variable, lead and calendar month, their shape by variable and lead; recent mean and spread takes the spread of its own
+context instead, so that knowing no more than how a context scatters is no skill. Ridges see the same context as the
+model; their strength is cross-validated over whole groups, and their errors are those of held-back folds.
 
 For traces: AR(32) by Burg's method, the median, the last value and zero, each fitted to the context alone and dressed
 with its errors inside it.
