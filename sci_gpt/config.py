@@ -206,7 +206,7 @@ class ScheduleConfig(Node):
 
 
 class ParallelConfig(Node):
-    """The layout of a run on this machine."""
+    """The layout of a run on this machine; `threads_per_process` compute, and as many read ahead."""
 
     processes: int = Field(default=1, ge=1)
     threads_per_process: int = Field(default=1, ge=1)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sci_gpt.data.loader import Corpus, StepPlan, deal, plan_step
+from benchmarks.order import ROW_LENGTH, SOURCES, open_corpus, write_index
+from sci_gpt.data.loader import Corpus, StepPlan, attention_cost, deal, packing_report, plan_step
 from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table, permute
 from sci_gpt.errors import DataError
 from sci_tokenizers.packing import pack_rows
@@ -98,6 +99,38 @@ def test_a_sample_is_a_pure_function_of_its_number(table: tuple[np.ndarray, np.n
     assert [other.sample(n) for n in range(300)] != [one[n] for n in range(300)]
 
 
+class OneByOne:
+    """A table that gives single entries and nothing else."""
+
+    def __init__(self, entries: np.ndarray) -> None:
+        self.entries = entries
+
+    def __getitem__(self, position: int) -> int:
+        assert isinstance(position, int)
+        return int(self.entries[position])
+
+
+def test_a_sample_takes_two_looks_into_the_table_wherever_it_lies(table: tuple[np.ndarray, np.ndarray]) -> None:
+    """Once it has given a sample of a later period, an order never goes through the table again."""
+    order, plain = order_of(table), order_of(table)
+    order.sample(PERIOD)
+    object.__setattr__(order, "table", tuple(map(OneByOne, table)))
+    for n in (0, 5 * PERIOD + 77, 10**12 + 3):
+        assert order.sample(n) == plain.sample(n)
+        assert order.source(n) == plain.sample(n)[0]
+
+
+def test_a_far_sample_counts_what_was_given_before_it(table: tuple[np.ndarray, np.ndarray]) -> None:
+    """Against the definition: samples of its source in all whole periods and in the part of its own."""
+    order = order_of(table)
+    for n in (3 * PERIOD + 12345, 10**9 + 7):
+        period, position = divmod(n, PERIOD)
+        source = int(table[0][position])
+        given = period * int((table[0] == source).sum()) + int((table[0][:position] == source).sum())
+        assert order.sample(n)[0] == source and order.sample(n)[2] == given // SIZES[source]
+        assert order.given_until(n)[source] == given
+
+
 @pytest.mark.parametrize("block", [16, 64, PERIOD])
 def test_every_epoch_visits_every_window_once(table: tuple[np.ndarray, np.ndarray], block: int) -> None:
     """Through the first period's end too; epochs follow each other and differ."""
@@ -159,6 +192,20 @@ def test_steps_take_consecutive_samples_and_leave_none_out(seed: int, rows: int,
     )
 
 
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 6))
+def test_rows_are_packed_best_fit_decreasing(lengths: list[int], rows: int) -> None:
+    """Against the definition: the longest first, each into the row with the least room that still holds it."""
+    room, placed, fits = [64] * rows, [list[int]() for _ in range(rows)], True
+    for document in sorted(range(len(lengths)), key=lambda document: -lengths[document]):
+        free = [(room[row], row) for row in range(rows) if room[row] >= lengths[document]]
+        fits = fits and bool(free)
+        if fits:
+            placed[min(free)[1]].append(document)
+            room[min(free)[1]] -= lengths[document]
+    assert pack_rows(lengths, rows, row_length=64) == ([sorted(row) for row in placed] if fits else None)
+
+
 def test_a_sample_longer_than_a_row_is_refused() -> None:
     with pytest.raises((DataError, ValueError), match="a row holds 8"):
         plan_step(Lengths(0, 1000), 5, rows=2, row_length=8)
@@ -170,8 +217,67 @@ def test_ranks_share_the_rows_out(costs: list[int], world: int) -> None:
     """Every row goes to one rank, every rank gets as many rows as the others (empty ones weigh nothing), in balance."""
     rows = tuple((number,) for number in range(len(costs)))
     plan = StepPlan(first=0, count=len(rows), rows=rows, row_length=8)
-    shares = [deal(plan, rank=rank, world=world, cost=costs) for rank in range(world)]
+    shares = deal(plan, world=world, cost=costs)
     assert sorted(row for share in shares for row in share if row) == sorted(rows)
     assert {len(share) for share in shares} == {-(-len(rows) // world)}
     totals = [sum(costs[row[0]] for row in share if row) for share in shares]
     assert max(totals) - min(totals) <= max(costs)
+
+
+def test_rows_are_dealt_as_evenly_as_pairs_of_ranks_allow() -> None:
+    """Costs 9 7 6 5 4 3 2 2 over two ranks: 19 and 19; dealt snake-wise they would be 9 5 4 2 = 20 and 7 6 3 2 = 18."""
+    costs = [2, 9, 4, 7, 6, 3, 5, 2]
+    plan = StepPlan(first=0, count=8, rows=tuple((number,) for number in range(8)), row_length=8)
+    shares = deal(plan, world=2, cost=costs)
+    assert [sum(costs[row[0]] for row in share) for share in shares] == [19, 19]
+    assert [len(share) for share in shares] == [4, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 100), min_size=2, max_size=12), st.integers(2, 4))
+def test_no_exchange_of_two_rows_would_help_the_dearest_rank(costs: list[int], world: int) -> None:
+    rows = tuple((number,) for number in range(len(costs)))
+    plan = StepPlan(first=0, count=len(rows), rows=rows, row_length=8)
+    own = [[costs[row[0]] if row else 0 for row in share] for share in deal(plan, world=world, cost=costs)]
+    dearest = max(own, key=sum)
+    for other in own:
+        gap = sum(dearest) - sum(other)
+        assert not any(0 < mine - theirs < gap for mine in dearest for theirs in other), own
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The corpus of benchmarks/order.py: grids, series and traces, of which only the index exists."""
+    folder = tmp_path_factory.mktemp("index")
+    write_index(folder, 1_000_000)
+    return open_corpus(folder)
+
+
+def test_a_mixed_corpus_fills_its_rows_and_ranks_pay_the_same(mixed: Corpus) -> None:
+    """The goals of the design: fill of 95 % or more, attention costs within 10 % over the ranks."""
+    assert len({source.modality for source in SOURCES.values()}) == 3 and len(set(mixed.lengths)) == 4
+    for rows, ranks in ((16, 2), (32, 4), (64, 8)):
+        report = packing_report(mixed, rows=rows, row_length=ROW_LENGTH, ranks=ranks)
+        assert 0.95 <= report["fill"] <= 1.0 and 0.0 < report["cost_spread"] <= 0.10, (rows, ranks, report)
+
+
+def test_the_spread_is_over_ranks_whatever_they_accumulate(mixed: Corpus) -> None:
+    """Of one step: 2 ranks of 3 micro-batches, against their sums."""
+    plan = plan_step(mixed, 0, rows=12, row_length=ROW_LENGTH)
+    shares = deal(plan, world=6, cost=attention_cost(mixed, plan))
+    of_place = [sum(mixed.length(n) ** 2 for row in share for n in row) for share in shares]
+    totals = sum(of_place[:3]), sum(of_place[3:])
+    report = packing_report(mixed, rows=12, row_length=ROW_LENGTH, ranks=2, accumulation=3, steps=1)
+    assert report["cost_spread"] == pytest.approx(2 * abs(totals[0] - totals[1]) / sum(totals))
+    assert packing_report(mixed, rows=12, row_length=ROW_LENGTH, steps=1)["cost_spread"] == 0.0
+
+
+def test_consecutive_samples_read_few_shards(mixed: Corpus) -> None:
+    """2,000 samples lie within the blocks that are being read: at most two of a source."""
+    windows: dict[int, list[int]] = {}
+    for n in range(1_300_000, 1_302_000):
+        source, window, _ = mixed.order.sample(n)
+        windows.setdefault(source, []).append(window // mixed.order.block)
+    assert len(windows) == 4
+    assert all(len(set(blocks)) <= 2 for blocks in windows.values())
+    assert mixed.order.sizes[0] > 4 * mixed.order.block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -32,12 +33,13 @@ def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Curriculum:
 
 
 def reader(
-    curriculum: Curriculum, *, rank: int = 0, world: int = 1, accumulation: int = 1, rows: int = 3
+    curriculum: Curriculum, *, rank: int = 0, world: int = 1, accumulation: int = 1, rows: int = 3, threads: int = 1
 ) -> StepReader:
     settings = curriculum.corpora[0].tokenizers[0].settings
     of_rows = copy(curriculum)
     of_rows.phases = (replace(curriculum.phases[0], rows=rows),)
-    return StepReader(of_rows, Place(rank=rank, world=world, accumulation=accumulation), settings=settings)
+    place = Place(rank=rank, world=world, accumulation=accumulation)
+    return StepReader(of_rows, place, settings=settings, threads=threads)
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1)])
@@ -97,6 +99,32 @@ def test_a_sample_that_cannot_be_read_weighs_nothing_and_moves_no_other(
     assert f"warning: sample {broken} (" in said and "station/train-1: checksum differs" in said
     for name, payload in step.batches[0].payloads.items():
         assert np.isfinite(payload.values).all(), name
+
+
+@pytest.mark.parametrize("broken", [None, 3])
+def test_threads_read_the_same_in_the_same_order(
+    curriculum: Curriculum, monkeypatch: pytest.MonkeyPatch, broken: int | None
+) -> None:
+    """Also where earlier documents take longer than later ones, and one cannot be read."""
+    read: Callable[[int], Any] = curriculum.corpora[0].document
+
+    def document(n: int) -> Any:
+        time.sleep(0.002 * (30 - n % 30))
+        if n == broken:
+            raise DataError("no such shard")
+        return read(n)
+
+    one, several = reader(curriculum), reader(curriculum, threads=4)
+    expected = one(0, 0)
+    monkeypatch.setattr(curriculum.corpora[0], "document", document)
+    found = several(0, 0)
+    kept = [n for n in expected.samples if n != broken]
+    assert list(found.samples) == kept and found.passed_over == len(expected.samples) - len(kept)
+    assert list(found.keys) == [key for n, key in zip(expected.samples, expected.keys, strict=True) if n != broken]
+    assert (found.first, found.next_sample, found.dealt) == (expected.first, expected.next_sample, expected.dealt)
+    if broken is None:
+        for name, payload in expected.batches[0].payloads.items():
+            np.testing.assert_array_equal(found.batches[0].payloads[name].values, payload.values)
 
 
 class Counted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,21 @@ SOURCES: dict[str, dict[str, Any]] = {
 TIMES = {"field": 120, "station": 400, "quake": 900}
 
 
-def write_store(path: Path) -> Path:
-    """Write the store; values are smooth waves plus noise, some of them missing. Returns `path`."""
+def write_store(path: Path, *, times: Mapping[str, Sequence[int]] | None = None, shard_bytes: int = 1 << 20) -> Path:
+    """Write the store; values are smooth waves plus noise, some of them missing. Returns `path`.
+
+    Args:
+        path: where.
+        times: lengths of a source's stretches in each split, by default three of TIMES.
+        shard_bytes: a shard ends where it has reached this size.
+    """
     random = np.random.default_rng(7)
     statistics: dict[str, Any] = {}
     for name, facts in SOURCES.items():
         for split in ("train", "valid", "test"):
-            with SplitWriter(folder=path / name / split, shard_bytes=1 << 20) as writer:
-                for part in range(3):
-                    writer.add(_sample(name, split, part=part, random=random))
+            with SplitWriter(folder=path / name / split, shard_bytes=shard_bytes) as writer:
+                for part, length in enumerate((times or {}).get(name, [TIMES[name]] * 3)):
+                    writer.add(_sample(name, split, part=part, times=length, random=random))
         statistics[name] = {channel: _statistics(name).to_json() for channel in facts["variables"]}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -50,9 +57,9 @@ def write_store(path: Path) -> Path:
     return path
 
 
-def _sample(name: str, split: str, *, part: int, random: np.random.Generator) -> Sample:
+def _sample(name: str, split: str, *, part: int, times: int, random: np.random.Generator) -> Sample:
     facts = SOURCES[name]
-    times, shape = TIMES[name], (TIMES[name], *facts["shape"])
+    shape = (times, *facts["shape"])
     start = {"train": 0, "valid": 10, "test": 20}[split] * 4e8 + part * 1e8
     seconds = start + np.arange(times) * facts["step_seconds"]
     wave = np.sin(np.arange(times) / 5.0 + part)[:, None, None, None]

@@ -7,8 +7,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-
 from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
@@ -71,11 +69,11 @@ class Corpus:
 
     def length(self, n: int) -> int:
         """Tokens of sample number n, without reading it."""
-        return self.lengths[self.order.sample(n)[0]]
+        return self.lengths[self.order.source(n)]
 
     def modality(self, n: int) -> str:
         """Modality of sample number n, without reading it."""
-        return str(self.tokenizers[self.order.sample(n)[0]].modality)
+        return str(self.tokenizers[self.order.source(n)].modality)
 
     def document(self, n: int) -> Tokens:
         """Sample number n, read and tokenized; its C is drawn from (seed, n)."""
@@ -113,8 +111,10 @@ def plan_step(corpus: Corpus, n: int, *, rows: int, row_length: int) -> StepPlan
         DataError: not even the first sample fits.
     """
     lengths: list[int] = []
-    while sum(lengths) <= rows * row_length:
+    tokens = 0
+    while tokens <= rows * row_length:
         lengths.append(corpus.length(n + len(lengths)))
+        tokens += lengths[-1]
     for count in range(len(lengths) - 1, 0, -1):
         placed = pack_rows(lengths[:count], rows, row_length=row_length)
         if placed is not None:
@@ -123,31 +123,94 @@ def plan_step(corpus: Corpus, n: int, *, rows: int, row_length: int) -> StepPlan
     raise DataError(f"sample {n} has {lengths[0]} tokens, a row holds {row_length}: raise row_length or cut its frames")
 
 
-def deal(plan: StepPlan, *, rank: int, world: int, cost: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """A rank's rows: descending attention cost, snake-wise; short ranks get empty rows, which weigh nothing.
+def attention_cost(corpus: Corpus, plan: StepPlan) -> list[int]:
+    """Attention cost of each row: a token sees its own document, so a document costs the square of its tokens."""
+    return [sum(corpus.length(i) ** 2 for i in row) for row in plan.rows]
+
+
+def deal(plan: StepPlan, *, world: int, cost: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The rows of each rank: equally many, at about equal attention cost; empty rows, which weigh nothing, fill up.
+
+    Rows go, the dearest first, to the rank with the least cost so far that still has room (Graham 1969); then the
+    dearest rank exchanges rows with others while that brings two ranks closer. Integers alone decide, so that every
+    rank comes to the same shares.
 
     Args:
         plan: of the step.
-        rank, world: in the data-parallel group.
+        world: ranks.
         cost: attention cost of each of the plan's rows.
+
+    Returns:
+        Per rank its rows, sample numbers each.
     """
-    ordered = [plan.rows[i] for i in np.argsort(-np.asarray(cost), kind="stable")]
-    per_rank = -(-len(ordered) // world)
-    mine = []
-    for turn in range(per_rank):
-        place = rank if turn % 2 == 0 else world - 1 - rank
-        position = turn * world + place
-        mine.append(ordered[position] if position < len(ordered) else ())
-    return tuple(mine)
+    room = -(-len(plan.rows) // world)
+    rows = plan.rows + ((),) * (room * world - len(plan.rows))
+    cost = [*cost, *[0] * (len(rows) - len(cost))]
+    shares: list[list[int]] = [[] for _ in range(world)]
+    total = [0] * world
+    for row in sorted(range(len(rows)), key=lambda row: (-cost[row], row)):
+        free = [rank for rank in range(world) if len(shares[rank]) < room]
+        # Among equals, the rank with fewer rows; then to and fro over the ranks.
+        best = min(free, key=lambda r: (total[r], len(shares[r]), -r if len(shares[r]) % 2 else r))
+        shares[best].append(row)
+        total[best] += cost[row]
+    while (exchange := _exchange(shares, total, cost=cost)) is not None:
+        dearest, i, other, j = exchange
+        less = cost[shares[dearest][i]] - cost[shares[other][j]]
+        shares[dearest][i], shares[other][j] = shares[other][j], shares[dearest][i]
+        total[dearest] -= less
+        total[other] += less
+    return tuple(tuple(rows[row] for row in share) for share in shares)
 
 
-def packing_report(corpus: Corpus, *, rows: int, row_length: int, steps: int = 50) -> dict[str, float]:
-    """Over the first steps of a phase: mean fill and the share of rows that hold two or more modalities."""
+def _exchange(
+    shares: Sequence[Sequence[int]], total: Sequence[int], *, cost: Sequence[int]
+) -> tuple[int, int, int, int] | None:
+    """The exchange of two rows by which the dearest rank gains most, as (rank, place, rank, place); None: none helps.
+
+    Each lowers the sum of squared totals, so that exchanging comes to an end.
+    """
+    dearest = max(range(len(total)), key=lambda rank: (total[rank], -rank))
+    gain, exchange = 0, None
+    for other, rows in enumerate(shares):
+        gap = total[dearest] - total[other]
+        for i, mine in enumerate(shares[dearest]):
+            for j, theirs in enumerate(rows):
+                less = cost[mine] - cost[theirs]
+                if less * (gap - less) > gain:  # half of what the sum of squares falls
+                    gain, exchange = less * (gap - less), (dearest, i, other, j)
+    return exchange
+
+
+def packing_report(
+    corpus: Corpus, *, rows: int, row_length: int, ranks: int = 1, accumulation: int = 1, steps: int = 50
+) -> dict[str, float]:
+    """How well the first steps of a phase are packed and dealt; nothing is read.
+
+    Args:
+        corpus: with its phase begun.
+        rows, row_length: of a step.
+        ranks, accumulation: data-parallel ranks, and micro-batches of each.
+        steps: how many are looked at.
+
+    Returns:
+        fill: share of the rows' tokens that documents take.
+        mixed_rows: share of rows that hold two or more modalities.
+        cost_spread: mean over steps of (largest - smallest) / mean of the ranks' attention costs.
+    """
     modality = lru_cache(maxsize=None)(corpus.modality)
-    n, fill, mixed = corpus.order.first, 0, 0
+    n, fill, mixed, spread = corpus.order.first, 0, 0, 0.0
     for _ in range(steps):
         plan = plan_step(corpus, n, rows=rows, row_length=row_length)
         fill += sum(corpus.length(i) for row in plan.rows for i in row)
         mixed += sum(len({modality(i) for i in row}) >= 2 for row in plan.rows)
+        shares = deal(plan, world=ranks * accumulation, cost=attention_cost(corpus, plan))
+        places = [sum(corpus.length(i) ** 2 for row in share for i in row) for share in shares]
+        totals = [sum(places[rank * accumulation : (rank + 1) * accumulation]) for rank in range(ranks)]
+        spread += (max(totals) - min(totals)) * ranks / sum(totals)
         n = plan.next_sample
-    return {"fill": fill / (steps * rows * row_length), "mixed_rows": mixed / (steps * rows)}
+    return {
+        "fill": fill / (steps * rows * row_length),
+        "mixed_rows": mixed / (steps * rows),
+        "cost_spread": spread / steps,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -123,24 +124,34 @@ class Order:
         Raises:
             ValueError: n lies before the phase.
         """
-        if n < self.first:
-            raise ValueError(f"sample {n} is of an earlier phase, this one begins at {self.first}")
+        source = self.source(n)
         period, position = divmod(n - self.first, PERIOD)
-        source = int(self.table[0][position])
-        per_period = int((self.table[0] == source).sum()) if period else 0
-        count = self._before(source) + period * per_period + int(self.table[1][position])
+        count = self._before(source) + period * self._per_period[source] + int(self.table[1][position])
         epoch, place = divmod(count, self.sizes[source])
         return source, self._window(source, epoch, place=place), epoch
+
+    def source(self, n: int) -> int:
+        """The source of sample number n: one look into the table.
+
+        Raises:
+            ValueError: n lies before the phase.
+        """
+        if n < self.first:
+            raise ValueError(f"sample {n} is of an earlier phase, this one begins at {self.first}")
+        return int(self.table[0][(n - self.first) % PERIOD])
 
     def given_until(self, n: int) -> tuple[int, ...]:
         """How many samples of each source the run has given when sample n is the next, earlier phases included."""
         period, position = divmod(n - self.first, PERIOD)
-        whole, part = (
-            np.bincount(table, minlength=len(self.sizes)) for table in (self.table[0], self.table[0][:position])
-        )
+        part = np.bincount(self.table[0][:position], minlength=len(self.sizes))
         return tuple(
-            self._before(source) + period * int(whole[source]) + int(part[source]) for source in range(len(self.sizes))
+            self._before(source) + period * whole + int(part[source]) for source, whole in enumerate(self._per_period)
         )
+
+    @cached_property
+    def _per_period(self) -> tuple[int, ...]:
+        """Samples of each source in a whole period, counted once: `sample` must not look at the whole table."""
+        return tuple(np.bincount(self.table[0], minlength=len(self.sizes)).tolist())
 
     def _before(self, source: int) -> int:
         return self.given[source] if self.given else 0

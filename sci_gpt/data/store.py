@@ -258,7 +258,9 @@ class Store:
 
     def _pread(self, shard: Path, offset: int, *, size: int) -> bytes:
         if shard not in self._files:
-            self._files[shard] = os.open(shard, os.O_RDONLY)
+            opened = os.open(shard, os.O_RDONLY)
+            if self._files.setdefault(shard, opened) != opened:  # another thread was first
+                os.close(opened)
         raw = os.pread(self._files[shard], size, offset)
         if len(raw) != size:
             raise OSError(f"{size} bytes at {offset} expected, the shard holds {len(raw)}")

@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
         writer = _open_run(config, world, stack=stack, step=start.step)
-        reader = StepReader(curriculum, parts.place(config, rank=world.rank), settings=tokenizer)
+        reader = _reader(config, curriculum, rank=world.rank)
         state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
             _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
@@ -142,15 +142,27 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     )
 
 
+def _reader(config: PretrainConfig, curriculum: Curriculum, *, rank: int) -> StepReader:
+    place, threads = parts.place(config, rank=rank), config.parallel.threads_per_process
+    return StepReader(curriculum, place, settings=parts.tokenizer_settings(config), threads=threads)
+
+
 def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, checkpoint: Path | None) -> None:
     facts = [f"{config.name}: {num_parameters:,} parameters"]
     for phase, corpus in zip(curriculum.phases, curriculum.corpora, strict=True):
-        packing = packing_report(corpus, rows=phase.rows, row_length=phase.row_length)
+        packing = packing_report(
+            corpus,
+            rows=phase.rows,
+            row_length=phase.row_length,
+            ranks=config.parallel.processes,
+            accumulation=config.parallel.accumulation,
+        )
         until = f"to step {phase.until_step}: " if len(curriculum.phases) > 1 else ""
         facts += [
             f"{until}{phase.rows} rows x {phase.row_length} tokens per step",
             f"{100 * packing['mixed_rows']:.0f} % of rows hold two or more modalities",
             f"fill {100 * packing['fill']:.1f} %",
+            f"attention cost over ranks within {100 * packing['cost_spread']:.1f} %",
         ]
     facts.append(f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}")
     print(" | ".join(facts), flush=True)

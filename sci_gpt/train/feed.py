@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
 
 from sci_gpt.data.curriculum import Curriculum
-from sci_gpt.data.loader import Corpus, StepPlan, deal, plan_step
+from sci_gpt.data.loader import Corpus, StepPlan, attention_cost, deal, plan_step
 from sci_gpt.errors import DataError
 from sci_tokenizers.packing import Batch, Payload, collate
 from sci_tokenizers.sample import Modality, Sample
@@ -54,10 +55,17 @@ class Place:
 
 
 class StepReader:
-    """Reads the rows of a step for one rank; a pure function of (t, n(t)) and where the phases began."""
+    """Reads the rows of a step for one rank; a pure function of (t, n(t)) and where the phases began.
 
-    def __init__(self, curriculum: Curriculum, place: Place, *, settings: TokenizerSettings) -> None:
-        self.curriculum, self.place = curriculum, place
+    Args:
+        curriculum: the run's samples.
+        place: this rank's.
+        settings: sizes of tokens.
+        threads: documents that are read and tokenized at a time; what is read does not depend on it.
+    """
+
+    def __init__(self, curriculum: Curriculum, place: Place, *, settings: TokenizerSettings, threads: int = 1) -> None:
+        self.curriculum, self.place, self.threads = curriculum, place, threads
         self._empty = empty_payloads(settings)
 
     def __call__(self, step: int, n: int) -> StepRows:
@@ -68,10 +76,8 @@ class StepReader:
         """
         phase, corpus = self.curriculum.at(step, n)
         place, plan = self.place, plan_step(corpus, n, rows=phase.rows, row_length=phase.row_length)
-        cost = [sum(corpus.length(i) ** 2 for i in row) for row in plan.rows]
         # Each rank stands for `accumulation` neighbouring places among world x accumulation.
-        places = place.world * place.accumulation
-        shares = [deal(plan, rank=number, world=places, cost=cost) for number in range(places)]
+        shares = deal(plan, world=place.world * place.accumulation, cost=attention_cost(corpus, plan))
         mine = shares[place.rank * place.accumulation : (place.rank + 1) * place.accumulation]
         batches, passed_over = [], 0
         for share in mine:
@@ -94,24 +100,29 @@ class StepReader:
         )
 
     def _batch(self, corpus: Corpus, plan: StepPlan, *, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, int]:
-        documents: list[list[Tokens]] = []
-        numbers: list[list[int]] = []
-        passed_over = 0
-        for row in share:
-            documents.append([])
-            numbers.append([])
-            for i in row:
-                try:
-                    documents[-1].append(corpus.document(i))
-                    numbers[-1].append(i)
-                except (
-                    DataError,
-                    ValueError,
-                ) as error:  # its place stays empty, so that the order of the others does not move
-                    passed_over += 1
-                    print(f"warning: {self.curriculum.name(i)} is passed over: {error}", file=sys.stderr, flush=True)
+        read = self._read(corpus, [i for row in share for i in row])
+        for i, found in read.items():
+            if not isinstance(found, Tokens):  # its place stays empty, so that the order of the others does not move
+                print(f"warning: {self.curriculum.name(i)} is passed over: {found}", file=sys.stderr, flush=True)
+        whole = {i: tokens for i, tokens in read.items() if isinstance(tokens, Tokens)}
+        numbers = [[i for i in row if i in whole] for row in share]
+        documents = [[whole[i] for i in row] for row in numbers]
         batch = collate(documents, plan.row_length, numbers=numbers)
-        return replace(batch, payloads=self._empty | batch.payloads), passed_over
+        return replace(batch, payloads=self._empty | batch.payloads), len(read) - len(whole)
+
+    def _read(self, corpus: Corpus, numbers: list[int]) -> dict[int, Tokens | Exception]:
+        """The documents of samples, or why one cannot be read, in the order of `numbers`."""
+        if self.threads == 1:
+            return {i: _document(corpus, i) for i in numbers}
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="read") as pool:
+            return dict(zip(numbers, pool.map(partial(_document, corpus), numbers), strict=True))
+
+
+def _document(corpus: Corpus, n: int) -> Tokens | Exception:
+    try:
+        return corpus.document(n)
+    except (DataError, ValueError) as error:
+        return error
 
 
 class Prefetch:

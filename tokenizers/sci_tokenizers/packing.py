@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def pack_rows(lengths: Sequence[int], rows: int, *, row_length: int) -> list[lis
     Raises:
         PackingError: a document longer than a row.
     """
-    free = np.full(rows, row_length, np.int64)
+    free = [(row_length, row) for row in range(rows)]  # ascending: the best fit is the first with room
     placed: list[list[int]] = [[] for _ in range(rows)]
     for document in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
         need = lengths[document]
@@ -41,12 +42,12 @@ def pack_rows(lengths: Sequence[int], rows: int, *, row_length: int) -> list[lis
             raise PackingError(
                 f"document {document} has {need} tokens, a row holds {row_length}: raise row_length or cut frames"
             )
-        fits = np.flatnonzero(free >= need)
-        if not fits.size:
+        best = bisect_left(free, (need, 0))
+        if best == rows:
             return None
-        best = fits[np.argmin(free[fits])]
-        free[best] -= need
-        placed[best].append(int(document))
+        room, row = free.pop(best)
+        insort(free, (room - need, row))
+        placed[row].append(int(document))
     return [sorted(row) for row in placed]
 
 
