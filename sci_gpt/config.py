@@ -221,6 +221,19 @@ class ParallelConfig(Node):
         return self
 
 
+class ReadingConfig(Node):
+    """What a run does about data that cannot be read.
+
+    A read that fails is tried `attempts` times, `wait_seconds` before the second and twice as long before each further
+    one. Then its sample weighs nothing, is named and counted; more than `most_passed_over` since the run was started or
+    resumed stop it.
+    """
+
+    attempts: int = Field(default=4, ge=1)
+    wait_seconds: float = Field(default=0.25, ge=0)
+    most_passed_over: int = Field(default=100, ge=0)
+
+
 class CheckpointConfig(Node):
     """Save every `every` steps, keep the last `keep`."""
 
@@ -287,6 +300,7 @@ class PretrainConfig(Node):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = ParallelConfig()
+    reading: ReadingConfig = ReadingConfig()
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     tracking: TrackingConfig

@@ -180,7 +180,7 @@ def test_inspect_of_a_store_gives_lines_and_json(toy: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "store")]) == 0
     text = capsys.readouterr().out
-    assert "source=co2" in text and "train: stretches=1" in text
+    assert "source=co2" in text and "stretches: 1" in text
     assert cli.main(["inspect", str(tmp_path / "store"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["source"] == "co2"
 

@@ -17,9 +17,10 @@ import yaml
 from sci_gpt.config import DataConfig, load_config, parse_config
 from sci_gpt.data.splits import DAY
 from sci_gpt.data.store import DTYPES, SPLITS, Store
-from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.errors import CheckpointError, ConfigError, DataError
 from sci_gpt.recipes.build import BuildReport, build, split_rule
 from sci_gpt.recipes.inspect import inspect_store
+from sci_gpt.train.resume import check_same_run
 
 
 def quiet(config: DataConfig) -> BuildReport:
@@ -55,8 +56,8 @@ def tree(output: Path, **changes: Any) -> dict[str, Any]:
     return {"name": "small", "output": str(output), "calendar": calendar, "sources": [source | changes]}
 
 
-def station(path: Path, *, altered: str | None = None) -> None:
-    """Three years of daily temperatures; the value of the date `altered` is another."""
+def station(path: Path, *, altered: str | None = None, kelvin: bool = False) -> None:
+    """Three years of daily temperatures, in degrees Celsius or kelvin; the value of the date `altered` is another."""
     random = np.random.default_rng(0)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -64,7 +65,7 @@ def station(path: Path, *, altered: str | None = None) -> None:
         for day in range(3 * 365):
             stamp = str(np.datetime64("2000-01-01") + day)
             value = round(10 + 8 * np.cos(day / 58.1) + float(random.standard_normal()), 2)
-            rows.writerow([stamp, 25.5 if stamp == altered else value])
+            rows.writerow([stamp, 25.5 if stamp == altered else round(value + 273.15 * kelvin, 2)])
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -216,6 +217,28 @@ def test_only_training_values_move_statistics(tmp_path: Path, altered: str, move
     assert plain.fingerprint != other.fingerprint
     one, two = ((tmp_path / name / "statistics.json").read_text() for name in ("plain", "other"))
     assert (one != two) == moves
+
+
+def test_a_mismatch_says_what_differs(tmp_path: Path) -> None:
+    """Another split, another value in a file, another reading: each is a part of its own in a refusal to resume."""
+    found = {}
+    for name in ("plain", "split", "files", "reading"):
+        station(tmp_path / "station.csv", altered="2002-05-05" if name == "files" else None)
+        mapping = tree(tmp_path / name)
+        if name == "split":
+            mapping["sources"][0]["split"]["gap_days"] = 11
+        if name == "reading":
+            mapping["sources"][0]["options"]["columns"]["temp"]["unit"] = "K"
+            station(tmp_path / "station.csv", kelvin=True)
+        store = Store.open(quiet(config_of(mapping)).path)
+        found[name] = {"fingerprint": store.fingerprint, "data": store.manifest["fingerprint_parts"]}
+    check_same_run(found["plain"], found["plain"], checkpoint=tmp_path)
+    for name in ("split", "files", "reading"):
+        with pytest.raises(CheckpointError, match="fingerprint is .* there and .* here") as refusal:
+            check_same_run(found["plain"], found[name], checkpoint=tmp_path)
+        assert f"data.sources.stations.{name} is " in str(refusal.value)
+        if name != "reading":
+            assert str(refusal.value).count(" there and ") == 2, "the other parts are the same"
 
 
 def _bad(name: str) -> dict[str, Any]:

@@ -107,3 +107,55 @@ def test_a_channel_without_a_value_is_refused() -> None:
         DataError, match="source 's': channel 'precipitation_amount' has no valid value in its training"
     ):
         gather([replace(sample, valid=valid)])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_workers_of_any_share_and_order_give_the_moments_of_the_whole(seed: int) -> None:
+    """Parts of very different sizes and levels (a first value far from the rest, too) against NumPy in float64."""
+    random = np.random.default_rng(seed)
+    samples = [weather(number, hours=hours) for number, hours in enumerate((2, 24 * 300, 24, 24 * 120, 500))]
+    lifted = []
+    for number, sample in enumerate(samples):
+        values = sample.values + np.array([40.0 * number, 3.0 * number], np.float32)[None, :, None, None]
+        values[0, :] = 150.0 + 30.0 * number
+        lifted.append(replace(sample, values=np.where(sample.valid, values, 0.0).astype(np.float32)))
+    workers = [
+        TrainingStatistics(source="s", variables=s.variables, levels=s.levels, num_year=2, num_day=2, by_cell=True)
+        for s in (lifted[0], lifted[0], lifted[0])
+    ]
+    for number in random.permutation(len(lifted)).tolist():
+        workers[number % 2].add(lifted[number])  # the third worker saw nothing
+    whole = workers[2]
+    for number in random.permutation(2).tolist():
+        whole.merge(workers[number])
+    merged = whole.finish()
+    for number, transform in enumerate((np.positive, np.log1p)):
+        kept = [transform(s.values[:, number, 0, 0].astype(np.float64)) for s in lifted]
+        valid = [s.valid[:, number, 0, 0] for s in lifted]
+        pooled = np.concatenate([v[ok] for v, ok in zip(kept, valid, strict=True)])
+        steps = np.concatenate([np.diff(v)[ok[1:] & ok[:-1]] for v, ok in zip(kept, valid, strict=True)])
+        row = list(merged.values())[number]
+        assert (row.count, row.minimum, row.maximum) == (len(pooled), pooled.min(), pooled.max())
+        assert row.mean == pytest.approx(pooled.mean(), rel=1e-6)
+        assert row.std == pytest.approx(pooled.std(), rel=1e-6)
+        assert row.step_std == pytest.approx(steps.std(), rel=1e-6)
+    alone = TrainingStatistics(
+        source="s", variables=lifted[0].variables, levels=lifted[0].levels, num_year=2, num_day=2, by_cell=True
+    )
+    for sample in lifted:
+        alone.add(sample)
+    for name, row in alone.finish().items():
+        np.testing.assert_allclose(merged[name].climatology, row.climatology, rtol=1e-6, atol=1e-6)
+        cells, other = row.cells, merged[name].cells
+        assert cells is not None and other is not None
+        np.testing.assert_array_equal(other.place, cells.place)
+        np.testing.assert_allclose(other.coefficients, cells.coefficients, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_other_things_are_not_merged() -> None:
+    sample = weather(1, hours=48)
+    one = TrainingStatistics(source="s", variables=sample.variables, levels=sample.levels, num_year=2, num_day=2)
+    with pytest.raises(DataError, match="cannot be merged into those of .*they count other things"):
+        one.merge(replace(one, source="t", _sums=[]))
+    with pytest.raises(DataError, match="cannot be merged"):
+        one.merge(replace(one, num_day=1, _sums=[]))

@@ -17,7 +17,6 @@ from scipy.special import ndtri
 import sci_evals.evaluate
 from sci_evals.arrivals import first_arrivals
 from sci_evals.baselines import forecast_baselines
-from sci_evals.coastline import coastlines, coastlines_between
 from sci_evals.evaluate import control_windows, evaluate, open_contest
 from sci_evals.results import TRAINED, UNTRAINED, headline
 from sci_evals.scores import LeadGroup, compare, score_baseline, score_quantiles
@@ -26,6 +25,7 @@ from sci_evals.windowset import WindowSet, choose_starts, cut
 from sci_gpt.config import EvaluateConfig, PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, DataError
+from sci_gpt.recipes.coastline import coastlines, coastlines_between
 from sci_tokenizers.sample import Sample
 from toy_store import toy_config, write_store
 

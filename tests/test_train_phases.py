@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from sci_gpt.config import PretrainConfig, parse_config, show_config
+from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.card import card
@@ -61,15 +62,16 @@ def test_a_resume_may_change_only_what_lies_ahead(step: int, mine: dict[str, Any
 def test_the_identity_holds_all_that_decides_the_order(tmp_path: Path) -> None:
     """Anything that moves a sample is in it, at any depth; the layout and the schedule are not."""
     config = toy_config(tmp_path / "store", tmp_path / "run")
-    same = parts.identity(config, "f")
+    store = Store(path=Path("store"), manifest={"fingerprint": "f"}, statistics={})
+    same = parts.identity(config, store)
     tree = config.model_dump(mode="json")
     for key, value in {"seed": 4, "shuffle_block": 32, "shuffle_time": True}.items():
-        assert parts.identity(parse_config(tree | {key: value}, PretrainConfig, where="here"), "f") != same, key
+        assert parts.identity(parse_config(tree | {key: value}, PretrainConfig, where="here"), store) != same, key
     for key, value in {"row_length": 200, "rows_per_step": 4, "mixture": tree["phases"][0]["mixture"][:2]}.items():
         changed = tree | {"phases": [tree["phases"][0] | {key: value}]}
-        assert parts.identity(parse_config(changed, PretrainConfig, where="here"), "f") != same, key
+        assert parts.identity(parse_config(changed, PretrainConfig, where="here"), store) != same, key
     free = tree | {"parallel": {"processes": 1}, "checkpoint": {"every": 3}, "optimizer": {"learning_rate": 1.0}}
-    assert parts.identity(parse_config(free, PretrainConfig, where="here"), "f") == same
+    assert parts.identity(parse_config(free, PretrainConfig, where="here"), store) == same
 
 
 @dataclass(frozen=True, kw_only=True)

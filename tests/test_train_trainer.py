@@ -23,6 +23,7 @@ from sci_gpt.train.checkpoint import committed
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import StepRows
 from sci_gpt.train.fragments import Holding
+from sci_gpt.train.journal import step_metrics
 from sci_gpt.train.resume import Start, where_to_go_on
 from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.signals import Requests
@@ -94,6 +95,7 @@ class Steps:
 
     def __init__(self, *, broken: tuple[int, ...] = (), empty: tuple[int, ...] = (), lost: int = 0) -> None:
         self.broken, self.empty, self.lost, self.closed = broken, empty, lost, False
+        self.causes = ("a.tar: the shard ends at 512",) * (lost - 1) + ("b.tar: No such file",) * (lost > 0)
 
     def get(self, step: int, n: int) -> tuple[StepRows, float]:
         step = step + 1
@@ -108,6 +110,7 @@ class Steps:
             dealt=((n, n + 1),),
             num_tokens=10,
             passed_over=self.lost,
+            causes=self.causes,
         )
         return rows, 0.25
 
@@ -232,9 +235,17 @@ def test_a_step_without_a_valid_value_moves_nothing_and_is_not_broken() -> None:
     assert memory.records[3]["loss"] == pytest.approx(0.64, rel=1e-5)
 
 
-def test_too_many_samples_passed_over_stop_the_run() -> None:
-    with pytest.raises(DataError, match="24 samples could not be read, more than the 20"):
-        trainer(Steps(lost=6), Memory()).run()
+def test_too_many_samples_passed_over_stop_the_run_with_a_summary() -> None:
+    memory = Memory()
+    summary = (
+        "24 samples could not be read, more than the 20 of reading.most_passed_over .up to step 4.; on rank 0: "
+        "20 x a.tar: the shard ends at 512; 4 x b.tar: No such file; .*the last checkpoint is of step 0"
+    )
+    with pytest.raises(DataError, match=summary):
+        trainer(Steps(lost=6), memory).run()
+    # the third step's record is written when the fourth agrees: every one of them is counted for the tracker
+    counted = [(step_metrics(row)["passed_over"], step_metrics(row)["passed_over_so_far"]) for row in memory.records]
+    assert counted == [(6.0, 6.0), (6.0, 12.0), (6.0, 18.0)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

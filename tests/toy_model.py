@@ -72,7 +72,7 @@ def write_checkpoint(config: PretrainConfig, store: Store, model: SciGPT, *, ste
         "next_sample": 100,
         "phase_starts": [0],
         "config": tree,
-        "identity": parts.identity(config, store.fingerprint),
+        "identity": parts.identity(config, store),
         "fingerprint": store.fingerprint,
         "code_version": "0.1.0+test",
         "mlflow_run": None,

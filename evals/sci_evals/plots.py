@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from sci_evals.coastline import coastlines_between
 from sci_evals.exhibits import Band, MapExhibit, SeriesExhibit, SeriesPanel, WaveExhibit
 from sci_evals.figures import BLACK, BLUE, GREEN, GREY, ORANGE, new_figure
 from sci_evals.results import ANCHOR, SHUFFLED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import Score
+from sci_gpt.recipes.coastline import coastlines_between
 from sci_tokenizers.variables import VARIABLES
 
 _MODEL_COLOURS = {TRAINED: BLUE, ANCHOR: GREEN, UNTRAINED: "#E69F00", SHUFFLED: "#CC79A7"}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sci_evals.coastline import SOURCE as COASTLINE_SOURCE
 from sci_evals.exhibits import Exhibit, MapExhibit, SeriesExhibit
 from sci_evals.figures import save
 from sci_evals.plots import draw_map, draw_series, draw_skill, draw_training, draw_wave
 from sci_evals.results import TRAINED, Results, cells, columns, headline, table_rows
+from sci_gpt.recipes.coastline import SOURCE as COASTLINE_SOURCE
 from sci_gpt.train.run_folder import LOG, read_lines
 
 _STYLE = """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sci_gpt.data.quality import SPAN
 from sci_tokenizers.sample import Sample
 
 _RECORD = np.dtype([("num_times", np.int64)])
@@ -22,6 +23,10 @@ class Held:
         """A record per stretch with its `num_times`; empty where the split has none."""
         lengths = [(sample.num_times,) for sample in self.splits.get(split, ()) if sample.source == source]
         return np.array(lengths, _RECORD)
+
+    def spans(self, source: str, split: str) -> np.ndarray:
+        """None: what a user hands over is used as it is."""
+        return np.zeros(0, SPAN)
 
     def read(self, source: str, split: str, *, index: int, start: int, stop: int) -> Sample:
         """The times [start, stop) of a stretch (views, no copy)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sci_gpt.data.faults import UnreadableError
 from sci_gpt.data.windows import Windows
+from sci_gpt.errors import DataError
 from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokenizer import Tokenizer
@@ -71,8 +74,13 @@ def _rows(
     random = np.random.default_rng(0)
     features, targets, fold = [], [], []
     for place, number in enumerate(numbers):
+        try:
+            sample = windows.read(int(number))
+        except UnreadableError as error:  # one window of thousands: the fit goes on without it, and says so
+            print(f"warning: the prior of {spec.source} is fitted without {error}", file=sys.stderr, flush=True)
+            continue
         tokens = tokenizer.encode(
-            windows.read(int(number)),
+            sample,
             num_context=low + place % (high - low + 1),
             leads=(1,),
             statistics={name: replace(row, prior=None) for name, row in statistics.items()},
@@ -83,6 +91,8 @@ def _rows(
         features.append(x[kept])
         targets.append(y[kept])
         fold.append(np.full(len(kept), place * _FOLDS // len(numbers)))
+    if not features:
+        raise DataError(f"source {spec.source!r}: none of the {len(numbers)} windows that its prior needs can be read")
     return _Rows(features=np.concatenate(features), targets=np.concatenate(targets), fold=np.concatenate(fold))
 
 

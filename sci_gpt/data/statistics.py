@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,12 @@ _PER_COEFFICIENT = 3  # values that a cell must have seen for each coefficient o
 
 @dataclass(kw_only=True, frozen=True)
 class TrainingStatistics:
-    """Sums over the training stretches of one source; only `add` changes them, and only the training split is added.
+    """Sums over the training stretches of one source; only the training split is added.
+
+    Sums are about an origin (a channel's first value), so that squares of Pascals do not cancel, and can be merged: the
+    moments of two parts about two origins are moved to one, weighted by their counts (the pairwise update of Chan,
+    Golub and LeVeque 1983, Am. Stat. 37, 242, which generalizes Welford's). Workers that saw different stretches in any
+    order give the moments of the whole to rounding; a stretch taken in is itself a part that is merged.
 
     Attributes:
         source: its name.
@@ -41,8 +46,11 @@ class TrainingStatistics:
 
     def add(self, sample: Sample) -> None:
         """Take one training stretch in."""
+        part = replace(self, _sums=[])
+        for mine, theirs in zip(self._sums, part._sums, strict=True):
+            theirs.origin = mine.origin  # as long as one process adds, nothing has to be moved
         design = harmonics(sample.year_phase, sample.day_phase, num_year=self.num_year, num_day=self.num_day)
-        for number, (name, sums) in enumerate(zip(self.variables, self._sums, strict=True)):
+        for number, (name, sums) in enumerate(zip(self.variables, part._sums, strict=True)):
             values = forward_transform(sample.values[:, number].astype(np.float64), name)
             sums.add(
                 values.reshape(sample.num_times, -1),
@@ -53,6 +61,19 @@ class TrainingStatistics:
             sums.cover(sample, np.flatnonzero(known))
             if self.by_cell:
                 sums.add_cells(sample, number, values=values, design=design)
+        self.merge(part)
+
+    def merge(self, other: TrainingStatistics) -> None:
+        """Take in what another worker has seen of the same source.
+
+        Raises:
+            DataError: it is of another source, or counts other channels or harmonics.
+        """
+        mine, theirs = ((s.source, s.variables, s.levels, s.num_year, s.num_day, s.by_cell) for s in (self, other))
+        if repr(mine) != repr(theirs):  # a level that is none is NaN, which equals nothing
+            raise DataError(f"statistics of {theirs} cannot be merged into those of {mine}: they count other things")
+        for sums, more in zip(self._sums, other._sums, strict=True):
+            sums.merge(more)
 
     def finish(self) -> dict[str, ChannelStatistics]:
         """Statistics by channel, in transformed units.
@@ -70,11 +91,11 @@ class TrainingStatistics:
 
 
 class _Sums:
-    """Sums of one channel, about its first value (so that squares of Pascals do not cancel)."""
+    """Sums of one channel about its origin."""
 
     def __init__(self, size: int) -> None:
         self.count = 0
-        self.origin = 0.0
+        self.origin: float | None = None
         self.total = self.squares = 0.0
         self.steps = 0
         self.step_total = self.step_squares = 0.0
@@ -89,7 +110,7 @@ class _Sums:
         """values, valid (time, cell); design (time, coefficient)."""
         if not valid.any():
             return
-        if not self.count:
+        if self.origin is None:
             self.origin = float(values[valid][0])
         self.count += int(valid.sum())
         self.minimum = min(self.minimum, float(values[valid].min()))
@@ -105,6 +126,25 @@ class _Sums:
         weight = valid.sum(axis=1).astype(np.float64)
         self.normal += (design * weight[:, None]).T @ design
         self.moment += design.T @ centred.sum(axis=1)
+
+    def merge(self, other: _Sums) -> None:
+        """Take in the sums of another part; they are moved to this part's origin."""
+        if self.origin is None:
+            self.origin = other.origin
+        away = (other.origin or 0.0) - (self.origin or 0.0)
+        self.count += other.count
+        self.squares += other.squares + 2 * away * other.total + other.count * away**2
+        self.total += other.total + other.count * away
+        self.steps += other.steps
+        self.step_total += other.step_total
+        self.step_squares += other.step_squares
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.normal += other.normal
+        self.moment += other.moment + away * other.normal[0]  # the design's first column is 1
+        self.year_bins |= other.year_bins
+        self.day_bins |= other.day_bins
+        for place, tile in other.tiles.items():
+            self.tiles.setdefault(place, _Tile(tile.place, len(tile.moment[0]))).merge(tile)
 
     def cover(self, sample: Sample, seen: np.ndarray) -> None:
         """Mark the parts of the year and of the day that the split holds; `seen` are numbers of times."""
@@ -125,14 +165,14 @@ class _Sums:
         columns = [0, *range(1, 1 + 2 * kept_year)]
         columns += range(1 + 2 * num_year, 1 + 2 * num_year + 2 * kept_day)
         coefficients = np.linalg.lstsq(self.normal[np.ix_(columns, columns)], self.moment[columns], rcond=None)[0]
-        coefficients[0] += self.origin
+        coefficients[0] += self.origin or 0.0
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean**2, 0.0)
         step_mean = self.step_total / max(self.steps, 1)
         step_variance = max(self.step_squares / max(self.steps, 1) - step_mean**2, 0.0)
         return ChannelStatistics(
             count=self.count,
-            mean=self.origin + mean,
+            mean=(self.origin or 0.0) + mean,
             std=float(np.sqrt(variance)),
             step_std=float(np.sqrt(step_variance)),
             num_year=kept_year,
@@ -167,6 +207,11 @@ class _Tile:
         products = design[:, :, None] * design[:, None, :]  # t i j
         self.normal += np.einsum("tc,tij->cij", seen, products, optimize=True)
         self.moment += np.where(valid, values, 0.0).T @ design
+
+    def merge(self, other: _Tile) -> None:
+        """Take in the equations of the same cells from another part."""
+        self.normal += other.normal
+        self.moment += other.moment
 
     def fit(self, columns: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Places and coefficients of the cells seen often enough for `columns` of the design."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sci_gpt.data.store import DTYPES, RECORD, TIME_BYTES, records_name, shard_name, unpack
+from sci_gpt.data.quality import RULES, SPAN, find_spans
+from sci_gpt.data.shard import KEY, block_sums
+from sci_gpt.data.store import DTYPES, QUALITY, RECORD, TIME_BYTES, records_name, shard_name, sums_name, unpack
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
-
-_KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,8 @@ class SplitWriter:
         self.num_stretches = self.num_times = self.num_values = self.num_missing = 0
         self._tar: tarfile.TarFile | None = None
         self._rows: list[np.ndarray] = []
+        self._sums: list[int] = []
+        self._spans: list[tuple[int, int, int, int]] = []
         self._shards: list[dict[str, object]] = []
         folder.mkdir(parents=True)
 
@@ -58,7 +59,17 @@ class SplitWriter:
     def close(self) -> None:
         """Finish the last shard and write the index."""
         self._finish_shard()
+        np.save(self.folder / QUALITY, np.array(self._spans, SPAN), allow_pickle=False)
         (self.folder / "index.json").write_text(json.dumps({"shards": self._shards}, indent=1) + "\n", encoding="utf-8")
+
+    def quality(self) -> dict[str, dict[str, int]]:
+        """{rule: {"spans", "times"}} of what was added: where a rule of quality holds."""
+        rows = np.array(self._spans, SPAN)
+        found = {}
+        for number, rule in enumerate(RULES):
+            mine = rows[rows["rule"] == number]
+            found[rule.name] = {"spans": len(mine), "times": int((mine["stop"] - mine["start"]).sum())}
+        return found
 
     def add(self, sample: Sample) -> None:
         """Append one stretch.
@@ -66,7 +77,7 @@ class SplitWriter:
         Raises:
             DataError: the key is not SOURCE/GROUP[/PART] of letters, digits, `_` and `-` (a dot ends a WebDataset key).
         """
-        if not _KEY.fullmatch(sample.key) or len(sample.key) > RECORD["key"].itemsize:
+        if not KEY.fullmatch(sample.key) or len(sample.key) > RECORD["key"].itemsize:
             raise DataError(
                 f"sample key {sample.key!r} must be SOURCE/GROUP[/PART] of letters, digits, '_' and '-', at most "
                 f"{RECORD['key'].itemsize} characters"
@@ -74,6 +85,7 @@ class SplitWriter:
         if self._tar is None:
             self._tar = tarfile.open(self.folder / shard_name(len(self._shards)), "w", format=tarfile.GNU_FORMAT)
         self._rows.append(self._write(self._tar, sample))
+        self._spans += [(self.num_stretches, *span) for span in find_spans(sample)]
         self.num_stretches += 1
         self.num_times += sample.num_times
         self.num_values += sample.valid.size
@@ -93,18 +105,19 @@ class SplitWriter:
         row["step_seconds"] = sample.step_seconds
         row["start_time"], row["end_time"] = sample.time[0], sample.time[-1]
         row["missing_share"] = 1.0 - np.count_nonzero(sample.valid) / sample.valid.size
-        row["values_offset"], row["checksum_values"] = _add_array(tar, f"{sample.key}.values.npy", array=stored)
-        row["valid_offset"] = -1
-        if not sample.valid.all():
-            row["valid_offset"], row["checksum_valid"] = _add_array(
-                tar, f"{sample.key}.valid.npy", array=sample.valid.astype(np.uint8)
-            )
         clock = np.stack([sample.time, sample.year_phase, sample.day_phase], axis=1).astype("<f8")
         if clock[0].nbytes != TIME_BYTES:
             raise DataError(f"sample {sample.key!r}: a time's record is {TIME_BYTES} bytes, got {clock[0].nbytes}")
-        row["time_offset"], row["checksum_time"] = _add_array(tar, f"{sample.key}.time.npy", array=clock)
-        place = np.stack([sample.latitude, sample.longitude, sample.elevation]).astype("<f4")
-        row["place_offset"], _ = _add_array(tar, f"{sample.key}.place.npy", array=place)
+        row["valid_offset"] = -1
+        members = {"values": stored}
+        if not sample.valid.all():
+            members["valid"] = sample.valid.astype(np.uint8)
+        members["time"] = clock
+        members["place"] = np.stack([sample.latitude, sample.longitude, sample.elevation]).astype("<f4")
+        for name, array in members.items():
+            row[f"{name}_offset"], data = _add_array(tar, f"{sample.key}.{name}.npy", array=array)
+            row[f"{name}_sums"] = len(self._sums)
+            self._sums += block_sums(data)
         meta = {
             "key": sample.key,
             "source": sample.source,
@@ -123,8 +136,9 @@ class SplitWriter:
         number = len(self._shards)
         self._tar.close()
         self._tar = None
-        rows = np.stack(self._rows)
+        rows, sums = np.stack(self._rows), np.array(self._sums, "<u4")
         np.save(self.folder / records_name(number), rows, allow_pickle=False)
+        np.save(self.folder / sums_name(number), sums, allow_pickle=False)
         path = self.folder / shard_name(number)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -132,13 +146,16 @@ class SplitWriter:
             {
                 "shard": path.name,
                 "records": records_name(number),
+                "records_crc32": zlib.crc32(rows.tobytes()),
+                "sums": sums_name(number),
+                "sums_crc32": zlib.crc32(sums.tobytes()),
                 "num_stretches": len(rows),
                 "num_times": int(rows["num_times"].sum()),
                 "bytes": path.stat().st_size,
                 "sha256": digest,
             }
         )
-        self._rows = []
+        self._rows, self._sums = [], []
 
 
 def _pack(sample: Sample, packing: Packing | None) -> tuple[np.ndarray, int, float, float]:
@@ -155,13 +172,13 @@ def _pack(sample: Sample, packing: Packing | None) -> tuple[np.ndarray, int, flo
     return np.ascontiguousarray(sample.values, "<f4"), 0, 1.0, 0.0
 
 
-def _add_array(tar: tarfile.TarFile, name: str, *, array: np.ndarray) -> tuple[int, int]:
-    """Offset of the array's first byte in the tar, and the CRC-32 of its data."""
+def _add_array(tar: tarfile.TarFile, name: str, *, array: np.ndarray) -> tuple[int, memoryview]:
+    """Offset of the array's first byte in the tar, and its data."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     content = buffer.getvalue()
     header = len(content) - array.nbytes
-    return _add_bytes(tar, name, content=content) + header, zlib.crc32(content[header:])
+    return _add_bytes(tar, name, content=content) + header, memoryview(content)[header:]
 
 
 def _add_bytes(tar: tarfile.TarFile, name: str, *, content: bytes) -> int:

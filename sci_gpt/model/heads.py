@@ -20,7 +20,7 @@ from sci_tokenizers.memory import MEMORIES
 START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
 # A grid's correction has a number for each cell of a patch, far more than a lean: this factor slows its learning,
 # so that a few years of monthly fields are not learned by heart.
-GRID_PACE = 0.25
+GRID_PACE = 0.1
 # What `_pile_features` weigh in the pile's logit before training: a dry hour is often followed by another, a wet one
 # hardly ever by a dry one, in more frames it may.
 _PILE_START = (1.0, 0.0, -3.0, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""The recipe of `sci-gpt build`: sources -> splits -> statistics -> shards, put in place only when all is done."""
+"""The recipe of `sci-gpt build`: sources -> splits -> statistics -> shards -> card, put in place when all is done."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from sci_gpt.data.statistics import TrainingStatistics
 from sci_gpt.data.store import FORMAT_VERSION, SPLITS, Store
 from sci_gpt.data.store_writer import SplitWriter
 from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.recipes.data_card import CARD, write_card
+from sci_gpt.recipes.facts import store_facts
 from sci_tokenizers.sample import Sample, SampleError
 from sci_tokenizers.variables import UnknownVariableError
 
@@ -93,7 +95,7 @@ def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport
     for row in settings.values():
         make_source(row)
     files = {name: digest(locate(row)) for name, row in settings.items()}
-    fingerprint = fingerprint_of(config, files)
+    fingerprint, made_of = fingerprint_of(config, files)
     say(
         f"build {config.name}: {len(settings)} sources, {sum(map(len, files.values()))} files, "
         f"fingerprint {fingerprint[:12]}"
@@ -105,7 +107,7 @@ def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport
     partial = _partial_folder(config.output)
     made = [folder for folder in partial.parents if not folder.exists()]
     try:
-        _write(config, partial, rules=rules, files=files, fingerprint=fingerprint, say=say)
+        _write(config, partial, rules=rules, files=files, fingerprint=(fingerprint, made_of), say=say)
         _replace(partial, config.output)
     except OSError as error:
         raise DataError(
@@ -119,7 +121,7 @@ def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport
                 folder.rmdir()  # a failed build leaves no new empty folder behind
     report = report_of(Store.open(config.output), kept=False, seconds=time.monotonic() - started)
     say(report.table())
-    say(f"build {config.name}: {config.output} in {report.seconds:.1f} s")
+    say(f"build {config.name}: {config.output} in {report.seconds:.1f} s; its data card is {config.output / CARD}")
     return report
 
 
@@ -160,13 +162,24 @@ def split_rule(config: DataConfig, source: SourceConfig) -> SplitRule:
     )
 
 
-def fingerprint_of(config: DataConfig, files: dict[str, dict[str, str]]) -> str:
+def fingerprint_of(config: DataConfig, files: dict[str, dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """SHA-256 over the files' contents, how they are read and split, and the format version; not over names of folders,
-    licences or the code's commit."""
+    licences or the code's commit. Also what it is made of, by parts, so that a mismatch can be named."""
     tree = config.model_dump(mode="json", exclude={"name", "output", "shard_megabytes"})
-    for source in tree["sources"]:
+    sources = {}
+    for source in tree.pop("sources"):
         del source["licence"], source["citation"]
-    content = {"format_version": FORMAT_VERSION, "config": tree, "files": files}
+        split, name = source.pop("split"), source["name"]
+        sources[name] = {"files": _digest(files[name]), "reading": _digest(source), "split": _digest(split)}
+    parts = {
+        "format_version": FORMAT_VERSION,
+        "settings": {name: _digest(value) for name, value in tree.items()},
+        "sources": sources,
+    }
+    return _digest(parts), parts
+
+
+def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -193,7 +206,7 @@ def _write(
     *,
     rules: dict[str, SplitRule],
     files: dict[str, dict[str, str]],
-    fingerprint: str,
+    fingerprint: tuple[str, dict[str, Any]],
     say: Callable[[str], None],
 ) -> None:
     started = time.monotonic()
@@ -217,13 +230,17 @@ def _write(
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprint[0],
+        "fingerprint_parts": fingerprint[1],
         "commit": _commit(),
         "calendar": config.calendar.model_dump(mode="json"),
         "sources": sources,
     }
     (partial / "statistics.json").write_text(json.dumps(statistics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    store = Store.open(partial)
+    write_card(store_facts(store) | {"path": str(config.output)}, partial / CARD)
+    store.close()
 
 
 def _write_source(
@@ -294,6 +311,7 @@ def _manifest_row(
             "stretches": writer.num_stretches,
             "times": writer.num_times,
             "missing_share": writer.num_missing / max(writer.num_values, 1),
+            "quality": writer.quality(),
         }
         for split, writer in writers.items()
     }

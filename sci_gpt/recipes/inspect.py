@@ -15,8 +15,9 @@ from sci_gpt.data.source_ghcn import ELEMENTS, read_dly
 from sci_gpt.data.source_grid import nominal_step, open_netcdf, physical_values
 from sci_gpt.data.source_series import read_table
 from sci_gpt.data.source_trace import COMPONENT, COMPONENTS, read_waveforms
-from sci_gpt.data.store import SPLITS, Store
+from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.recipes.facts import iso, store_facts
 from sci_tokenizers.variables import VARIABLES, UnitError, nearest
 
 MISSING_CODES = (-9999.0, -999.0, -99.99)
@@ -45,32 +46,12 @@ def inspect_file(path: Path, family: str) -> dict[str, Any]:
 
 
 def inspect_store(path: Path) -> dict[str, Any]:
-    """What a built store holds: per source its channels, splits and training statistics.
+    """What a built store holds: the facts of its data card (see `facts.store_facts`).
 
     Raises:
-        DataError: no store there.
+        DataError: no store there, or a damaged one.
     """
-    store = Store.open(path)
-    sources = []
-    for name in store.sources:
-        row = store.manifest["sources"][name]
-        times = [store.stretches(name, split) for split in SPLITS]
-        filled = [records for records in times if len(records)]
-        sources.append(
-            {
-                "source": name,
-                "modality": row["modality"],
-                "nature": row["nature"],
-                "licence": row["licence"],
-                "shape": row["shape"],
-                "step_seconds": row["step_seconds"],
-                "start": _iso(min(float(records["start_time"].min()) for records in filled)),
-                "end": _iso(max(float(records["end_time"].max()) for records in filled)),
-                "splits": row["splits"],
-                "statistics": {channel: s.to_json() for channel, s in store.statistics[name].items()},
-            }
-        )
-    return {"path": str(path), "fingerprint": store.fingerprint, "commit": store.manifest["commit"], "sources": sources}
+    return store_facts(Store.open(path))
 
 
 def _netcdf(path: Path) -> dict[str, Any]:
@@ -141,8 +122,8 @@ def _ghcn(path: Path) -> dict[str, Any]:
     return {
         "variables": rows,
         "num_samples": days,
-        "start": _iso(table.first_day * 86400.0),
-        "end": _iso((table.first_day + days - 1) * 86400.0),
+        "start": iso(table.first_day * 86400.0),
+        "end": iso((table.first_day + days - 1) * 86400.0),
         "step_seconds": 86400.0,
         "station": table.station,
     }
@@ -190,10 +171,6 @@ def _row(source_name: str, name: str, *, unit: str | None, values: np.ndarray) -
         "max": float(known.max()) if known.size else None,
         "mapped": mapped,
     }
-
-
-def _iso(seconds: float) -> str:
-    return str(np.datetime64(round(seconds), "s"))
 
 
 # Names of data families that these readers open, beside the formats' own names.

@@ -7,6 +7,7 @@ from typing import Any
 
 from sci_gpt.config import PretrainConfig
 from sci_gpt.data.curriculum import Curriculum, Phase
+from sci_gpt.data.faults import Patience
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import WindowSpec
 from sci_gpt.errors import ConfigError
@@ -109,12 +110,17 @@ def tracking_target(config: PretrainConfig) -> TrackingTarget:
     )
 
 
+def patience(config: PretrainConfig) -> Patience:
+    """How long a failing read is tried again."""
+    return Patience(attempts=config.reading.attempts, wait_seconds=config.reading.wait_seconds)
+
+
 def place(config: PretrainConfig, *, rank: int) -> Place:
     """A rank's place in the layout."""
     return Place(rank=rank, world=config.parallel.processes, accumulation=config.parallel.accumulation)
 
 
-def identity(config: PretrainConfig, fingerprint: str) -> dict[str, Any]:
+def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
     """What must be equal for a run to go on from a checkpoint: all that decides its samples, its model and its loss.
 
     Schedule, optimizer and layout are free: a run may be prolonged, or go on over more processes. So are the phases
@@ -122,7 +128,9 @@ def identity(config: PretrainConfig, fingerprint: str) -> dict[str, Any]:
     """
     tree = config.model_dump(mode="json")
     names = ("seed", "phases", "shuffle_block", "shuffle_time", "tokenizer", "model", "loss_factor")
-    return {"fingerprint": fingerprint} | {name: tree[name] for name in names}
+    # The fingerprint's parts stand beside it: a refusal then names the source, and whether files or split differ.
+    data = {"fingerprint": store.fingerprint, "data": store.manifest.get("fingerprint_parts", {})}
+    return data | {name: tree[name] for name in names}
 
 
 def loss_factor(config: PretrainConfig) -> dict[str, float]:

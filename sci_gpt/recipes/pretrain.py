@@ -47,10 +47,10 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     Raises:
         ConfigError, DataError, CheckpointError: see the parts. Until all checks have passed, nothing is written.
     """
-    store = Store.open(config.data)
+    store = Store.open(config.data, parts.patience(config))
     tokenizer = parts.tokenizer_settings(config)
     plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
-    identity = parts.identity(config, store.fingerprint)
+    identity = parts.identity(config, store)
     start = where_to_go_on(config.output, identity)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     _refuse_long_windows(curriculum)
@@ -89,15 +89,15 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 factor=factor,
                 checkpoint_every=config.checkpoint.every,
                 validate_every=config.validation.every,
+                most_passed_over=config.reading.most_passed_over,
             ),
             step=start.step,
             next_sample=start.next_sample,
         )
         outcome = trainer.run()
         journal.close()
-        if world.rank == 0:
-            _mark_end(config.output, outcome)
         if tracker is not None:
+            _mark_end(config.output, outcome)
             tracker.close("KILLED" if outcome.stopped else "FINISHED")
     world.stop()
     return outcome
@@ -164,6 +164,10 @@ def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters
             f"fill {100 * packing['fill']:.1f} %",
             f"attention cost over ranks within {100 * packing['cost_spread']:.1f} %",
         ]
+    costs = {w.spec.source: w.left_out for corpus in curriculum.corpora for w in corpus.windows if w.left_out}
+    for source, cost in costs.items():
+        listed = ", ".join(f"{count} {rule}" for rule, count in cost.items())
+        facts.append(f"windows of {source} left out: {listed}")
     facts.append(f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}")
     print(" | ".join(facts), flush=True)
     if checkpoint is not None:

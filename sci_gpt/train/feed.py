@@ -13,8 +13,8 @@ from typing import get_args
 import numpy as np
 
 from sci_gpt.data.curriculum import Curriculum
+from sci_gpt.data.faults import cause_of
 from sci_gpt.data.loader import Corpus, StepPlan, attention_cost, deal, plan_step
-from sci_gpt.errors import DataError
 from sci_tokenizers.packing import Batch, Payload, collate
 from sci_tokenizers.sample import Modality, Sample
 from sci_tokenizers.table import make_tokenizer
@@ -33,6 +33,7 @@ class StepRows:
         dealt: sample numbers of every rank, to name the rows of a broken step.
         num_tokens: tokens of the whole step, over all ranks.
         passed_over: this rank's samples that could not be read; they weigh nothing.
+        causes: why, one per sample passed over.
     """
 
     first: int
@@ -43,6 +44,7 @@ class StepRows:
     dealt: tuple[tuple[int, ...], ...]
     num_tokens: int
     passed_over: int
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +81,12 @@ class StepReader:
         # Each rank stands for `accumulation` neighbouring places among world x accumulation.
         shares = deal(plan, world=place.world * place.accumulation, cost=attention_cost(corpus, plan))
         mine = shares[place.rank * place.accumulation : (place.rank + 1) * place.accumulation]
-        batches, passed_over = [], 0
+        batches: list[Batch] = []
+        causes: list[str] = []
         for share in mine:
             batch, missing = self._batch(corpus, plan, share=share)
             batches.append(batch)
-            passed_over += missing
+            causes += missing
         numbers = [tuple(i for row in share for i in row) for share in shares]
         return StepRows(
             first=plan.first,
@@ -96,19 +99,23 @@ class StepReader:
                 for r in range(place.world)
             ),
             num_tokens=sum(corpus.length(i) for row in plan.rows for i in row),
-            passed_over=passed_over,
+            passed_over=len(causes),
+            causes=tuple(causes),
         )
 
-    def _batch(self, corpus: Corpus, plan: StepPlan, *, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, int]:
+    def _batch(self, corpus: Corpus, plan: StepPlan, *, share: tuple[tuple[int, ...], ...]) -> tuple[Batch, list[str]]:
+        """The micro-batch of a share of rows, and why each sample that is not in it could not be read."""
         read = self._read(corpus, [i for row in share for i in row])
+        causes: list[str] = []
         for i, found in read.items():
             if not isinstance(found, Tokens):  # its place stays empty, so that the order of the others does not move
+                causes.append(cause_of(found))
                 print(f"warning: {self.curriculum.name(i)} is passed over: {found}", file=sys.stderr, flush=True)
         whole = {i: tokens for i, tokens in read.items() if isinstance(tokens, Tokens)}
         numbers = [[i for i in row if i in whole] for row in share]
         documents = [[whole[i] for i in row] for row in numbers]
         batch = collate(documents, plan.row_length, numbers=numbers)
-        return replace(batch, payloads=self._empty | batch.payloads), len(read) - len(whole)
+        return replace(batch, payloads=self._empty | batch.payloads), causes
 
     def _read(self, corpus: Corpus, numbers: list[int]) -> dict[int, Tokens | Exception]:
         """The documents of samples, or why one cannot be read, in the order of `numbers`."""
@@ -121,7 +128,9 @@ class StepReader:
 def _document(corpus: Corpus, n: int) -> Tokens | Exception:
     try:
         return corpus.document(n)
-    except (DataError, ValueError) as error:
+    except MemoryError:
+        raise  # of this process, not of the sample
+    except Exception as error:  # noqa: BLE001  readers fail in many ways, and a sample may not end a run
         return error
 
 

@@ -134,6 +134,7 @@ def step_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         "tokens_per_second": record["tokens"] / record["seconds"],
         "wait_seconds": record["wait_seconds"],
         "passed_over": record["passed_over"],
+        "passed_over_so_far": record.get("passed_over_so_far"),  # absent in logs of older runs
         "skipped": float(not record["applied"]),
     }
     metrics |= {f"loss/{name}": value for name, value in record["losses"].items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.signals import Requests
 
 MOST_BROKEN_STEPS = 10
+_CAUSES = 5  # named when a run stops
 
 Scores = dict[str, dict[str, float]]
 
@@ -97,7 +99,7 @@ class Settings:
     factor: dict[str, float]
     checkpoint_every: int
     validate_every: int
-    most_passed_over: int = 1000
+    most_passed_over: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ class Trainer:
         self._broken_in_a_row = 0
         self._saved_step = step
         self._passed_over = 0
+        self._causes: Counter[str] = Counter()
 
     def run(self) -> Outcome:
         """Train; a checkpoint of the last completed step is committed when this returns.
@@ -172,11 +175,9 @@ class Trainer:
         agreement = agree(self.parts.engine.world, self._report(rows, inputs, waited=waited))
         self._complete(agreement)
         self._passed_over += agreement.passed_over
+        self._causes.update(rows.causes)
         if self._passed_over > self.settings.most_passed_over:
-            raise DataError(
-                f"{self._passed_over} samples could not be read, more than the {self.settings.most_passed_over} that a "
-                f"run passes over (up to step {self.step + 1}); build the store again; the causes are named above"
-            )
+            raise DataError(self._too_many_passed_over())
         rate = self.settings.schedule.learning_rate(self.step)
         sums, outcome = self._optimize(inputs, agreement, rate=rate)
         self.step += 1
@@ -188,6 +189,7 @@ class Trainer:
             "next_sample": self.next_sample,
             "tokens": rows.num_tokens,
             "passed_over": agreement.passed_over,
+            "passed_over_so_far": self._passed_over,
             "learning_rate": rate,
             "gradient_norm": outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None,
             "applied": outcome.applied,
@@ -281,6 +283,18 @@ class Trainer:
                     f"{message} {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}", file=sys.stderr, flush=True
                 )
         self.parts.journal.step(record)
+
+    def _too_many_passed_over(self) -> str:
+        """How many, where and why, the most frequent causes on this rank first."""
+        known = [f"{count} x {cause}" for cause, count in self._causes.most_common(_CAUSES)]
+        more = len(self._causes) - _CAUSES
+        known += [f"{more} more causes"] if more > 0 else []
+        return (
+            f"{self._passed_over} samples could not be read, more than the {self.settings.most_passed_over} of "
+            f"reading.most_passed_over (up to step {self.step + 1}); on rank {self.parts.engine.world.rank}: "
+            f"{'; '.join(known) or 'none, the other ranks name theirs'}; mend the files or build the store again, or "
+            f"raise the limit; the last checkpoint is of step {self._saved_step}"
+        )
 
     def _too_many_broken(self) -> str:
         return (

@@ -16,11 +16,16 @@ _FILE = Path(__file__).with_name("land-110m.json")
 def coastlines() -> tuple[np.ndarray, ...]:
     """Lines of (longitude, latitude) in degrees, longitude within -180..180: float64 (point, 2) each.
 
-    TopoJSON keeps arcs as differences of integers: position = cumulative sum x scale + translate.
+    TopoJSON keeps arcs as differences of integers: position = cumulative sum x scale + translate. What crosses the date
+    line is two lines.
     """
     topology = json.loads(_FILE.read_text(encoding="utf-8"))
     scale, translate = (np.asarray(topology["transform"][name], np.float64) for name in ("scale", "translate"))
-    return tuple(np.cumsum(np.asarray(arc), axis=0) * scale + translate for arc in topology["arcs"])
+    lines: list[np.ndarray] = []
+    for arc in topology["arcs"]:
+        line = np.cumsum(np.asarray(arc), axis=0) * scale + translate
+        lines += np.split(line, np.flatnonzero(np.abs(np.diff(line[:, 0])) > 180.0) + 1)
+    return tuple(lines)
 
 
 def coastlines_between(west: float, east: float) -> list[np.ndarray]:
