@@ -10,6 +10,7 @@ import platform
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ import psutil
 
 from sci_gpt.data.loader import Corpus, packing_report, plan_step
 from sci_gpt.data.order import keyed
-from sci_gpt.data.store import FORMAT_VERSION, RECORD, Store, records_name, shard_name
+from sci_gpt.data.quality import SPAN
+from sci_gpt.data.store import FORMAT_VERSION, QUALITY, RECORD, Store, records_name, shard_name
 from sci_gpt.data.windows import WindowSpec
 from sci_tokenizers.sample import Modality
 from sci_tokenizers.tokenizer import TokenizerSettings
@@ -76,7 +78,8 @@ def write_index(folder: Path, total: int) -> int:
     """Write manifest and index of a store with `total` training windows, and no data; returns its stretches."""
     manifest, stretches = {}, 0
     for name, source in SOURCES.items():
-        left, rows = round(source.share * total), []
+        left = round(source.share * total)
+        rows: list[np.ndarray] = []
         frame_times = SETTINGS.trace_samples if source.modality == "trace" else 1
         while left > 0:
             windows = min(left, source.windows_per_stretch)
@@ -91,7 +94,10 @@ def write_index(folder: Path, total: int) -> int:
         for number, first in enumerate(range(0, len(rows), SHARD_STRETCHES)):
             part = np.stack(rows[first : first + SHARD_STRETCHES])
             np.save(folder / name / "train" / records_name(number), part, allow_pickle=False)
-            shards.append({"shard": shard_name(number), "records": records_name(number), "num_stretches": len(part)})
+            shards.append(
+                {"shard": shard_name(number), "num_stretches": len(part), "records_crc32": zlib.crc32(part.tobytes())}
+            )
+        np.save(folder / name / "train" / QUALITY, np.zeros(0, SPAN), allow_pickle=False)
         (folder / name / "train" / "index.json").write_text(json.dumps({"shards": shards}), encoding="utf-8")
         manifest[name] = {"modality": source.modality, "shape": source.shape}
         stretches += len(rows)

@@ -50,7 +50,7 @@ def run(task: dict[str, Any], world: World, *, session: str) -> None:
     """
     config = load_config(Path(task["config"]), PretrainConfig)
     store = Store.open(config.data)
-    identity = parts.identity(config, store.fingerprint)
+    identity = parts.identity(config, store)
     start = where_to_go_on(config.output, identity)
     if start.checkpoint is not None and Reader(start.checkpoint).read("model").unique().tolist() != [start.step]:
         raise AssertionError(f"{start.checkpoint} does not hold the state of step {start.step}")

@@ -98,7 +98,7 @@ def test_quickstart_sources_and_splits(quickstart: tuple[DataConfig, Store]) -> 
             assert empty == (split in source.split.empty), f"{source.name}/{split}"
             store.verify(source.name, split)
     groups = {split: {key.split("/")[1] for key in store.keys("cmip6_daily_ta", split)} for split in SPLITS}
-    assert [len(groups[split]) for split in SPLITS] == [20, 2, 8]
+    assert [len(groups[split]) for split in SPLITS] == [19, 2, 8]
     assert groups["test"] == {
         *("CESM2", "CESM2-FV2", "CESM2-WACCM", "NorESM2-LM", "NorESM2-MM"),
         *("TaiESM1", "GISS-E2-1-G", "MRI-ESM2-0"),

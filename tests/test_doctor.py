@@ -66,7 +66,7 @@ def test_a_healthy_installation_is_found_healthy_in_a_real_process(root: Path) -
     assert metadata.version("deepspeed") in check(report, "deepspeed")["found"]
     for name in ("numpy", "mlflow", "torch", "deepspeed"):
         assert f"{name} {metadata.version(name)}" in check(report, "packages")["found"]
-    assert check(report, "data")["status"] == "ok" and "all 77 files" in check(report, "data")["found"]
+    assert check(report, "data")["status"] == "ok" and "all 76 files" in check(report, "data")["found"]
     assert (sorted((root / "runs").rglob("*.db")) if (root / "runs").exists() else []) == before
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,18 +224,19 @@ def test_the_checkpoint_holds_one_integer_and_where_the_phases_began(runs: Runs)
 
 def test_another_corpus_mixture_or_seed_is_refused(runs: Runs) -> None:
     config = runs.config("mixture", "stopped")
-    fingerprint = Store.open(config.data).fingerprint
-    assert where_to_go_on(config.output, parts.identity(config, fingerprint)).checkpoint == latest(config.output)
+    store = Store.open(config.data)
+    another = replace(store, manifest={**store.manifest, "fingerprint": "another"})
+    assert where_to_go_on(config.output, parts.identity(config, store)).checkpoint == latest(config.output)
     first = config.phases[0].mixture[0]
     heavier = config.phases[0].model_copy(
         update={"mixture": (first.model_copy(update={"weight": 2.0}), *config.phases[0].mixture[1:])}
     )
     refused = {
-        "fingerprint is 0123456789abcdef there and another here": (config, "another"),
-        "seed is 3 there and 4 here": (config.model_copy(update={"seed": 4}), fingerprint),
+        "fingerprint is 0123456789abcdef there and another here": (config, another),
+        "seed is 3 there and 4 here": (config.model_copy(update={"seed": 4}), store),
         r"phases\.0\.mixture\.0\.weight is 1\.0 there and 2\.0 here": (
             config.model_copy(update={"phases": (heavier, *config.phases[1:])}),
-            fingerprint,
+            store,
         ),
     }
     for message, (mine, corpus) in refused.items():
