@@ -107,7 +107,11 @@ def _draw_agreement(axis: Axes, result: Fit) -> None:
     for which in ("x", "y"):
         _plain_loss_ticks(axis, which)
     axis.set_box_aspect(1)
-    axis.figure.colorbar(colours, ax=axis, location="bottom", shrink=0.8).set_label("compute C (FLOPs)")
+    bar = axis.figure.colorbar(colours, ax=axis, location="bottom", shrink=0.8)
+    ticks = np.geomspace(result.points.flops.min(), result.points.flops.max(), 4)
+    bar.set_ticks(list(ticks), labels=[f"{tick:.1e}" for tick in ticks])  # labels at every digit would overlap
+    bar.minorticks_off()
+    bar.set_label("compute C (FLOPs)")
 
 
 def _draw_contours(axis: Axes, result: Fit) -> None:

@@ -23,7 +23,7 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], *, title: str, notes: Mapping[
         notes: {modality: what its fit cannot tell}, below the panel.
     """
     modalities = sorted({row["modality"] for row in rows})
-    figure = new_figure(4.4 * len(modalities), 5.2)
+    figure = new_figure(4.4 * len(modalities), 4.8)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     for axis, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
         here = [row for row in rows if row["modality"] == modality]
@@ -48,5 +48,5 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], *, title: str, notes: Mapping[
         axis.annotate(
             fill(note, int(4.2 * _LETTERS_PER_INCH)), (0, -0.2), xycoords="axes fraction", va="top", fontsize=7.5
         )
-    figure.set_layout_engine("constrained", rect=(0, 0.16, 1, 0.84))
+    figure.set_layout_engine("constrained", rect=(0, 0.02, 1, 0.98))
     return figure
