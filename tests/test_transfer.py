@@ -172,10 +172,14 @@ def test_examples_saved_and_what_is_not_identifiable() -> None:
     assert found["status"] == "not identifiable" and found["saved"] is None
     assert "not identifiable" in " ".join(verdict("t", curves([3.0, 2.9, 2.8], [3.0, 2.0, 1.0])))
     found = saved(curves([1.0, 0.9, 0.8], [3.0, 2.5, 2.0]))
-    assert (found["status"], found["saved"]) == ("at least", 120)
+    assert (found["status"], found["saved"]) == ("at least", pytest.approx(120))
     # more examples do not help from scratch: nothing that could be saved
     found = saved(curves([1.0, 1.1, 0.9], [1.1, 1.2, 1.15]))
     assert found["status"] == "not identifiable" and "does not fall" in found["why"]
+    # from scratch 32 examples are as good as 128: the finetuned model, which needs 128, saves nothing
+    found = saved(curves([3.0, 2.0, 1.0], [2.0, 1.0, 1.0]))
+    assert found["status"] == "found" and found["saved"] == pytest.approx(-96) and found["low"] == pytest.approx(-96)
+    assert "32 examples are as good as 128" in found["why"]
     # as good as scratch up to noise: half of the resamples never reach it, so the lower end is open
     found = saved(curves([3.0, 2.0, 0.999], [3.0, 2.0, 1.0], spread=0.2))
     assert found["status"] == "found" and found["low"] is None

@@ -81,8 +81,8 @@ def needed(examples: Sequence[int], errors: np.ndarray, *, target: float) -> flo
 
 
 def saved(curves: Curves) -> dict[str, Any]:
-    """Examples saved at equal error: those that training from scratch had at its most, less those that a finetuned
-    model needs to do as well.
+    """Examples saved at equal error: those with which training from scratch first does as well as with its most, less
+    those that a finetuned model needs for that. Where its curve falls to the end the first is its most.
 
     Returns:
         {"status": "found" | "at least" | "not identifiable", "error", "examples_needed", "saved", "low", "high",
@@ -91,10 +91,11 @@ def saved(curves: Curves) -> dict[str, Any]:
     most, least = curves.examples[-1], curves.examples[0]
     fine, scratch = (curves.errors[arm].mean(axis=0) for arm in (FINETUNED, SCRATCH))
     target = float(scratch[-1])
-    found = needed(curves.examples, fine, target=target)
+    found, enough = (needed(curves.examples, errors, target=target) for errors in (fine, scratch))
     draws = np.array(
         [
-            most - needed(curves.examples, a, target=float(b[-1]))
+            max(needed(curves.examples, b, target=float(b[-1])), least)
+            - needed(curves.examples, a, target=float(b[-1]))
             for a, b in zip(curves.resampled[FINETUNED], curves.resampled[SCRATCH], strict=True)
         ]
     )
@@ -106,15 +107,16 @@ def saved(curves: Curves) -> dict[str, Any]:
         why = f"the finetuned model does not reach the error of {most} examples from scratch with up to {most}"
         return answer | {"status": NOT_IDENTIFIABLE, "why": why}
     never, always = np.isneginf(draws).mean() > _MOST_LOST, np.isposinf(draws).mean() > _MOST_LOST
-    low, high = curves.interval(np.clip(draws, 0.0, most - least))
+    low, high = curves.interval(np.clip(draws, least - most, most - least))
     if never and always:
         why = f"resampled curves cross in {100 * np.isfinite(draws).mean():.0f} % of the cases only"
         return answer | {"status": NOT_IDENTIFIABLE, "why": why}
     known = {"low": None if never else low, "high": None if always else high}
     if math.isinf(found):
         why = f"with {least} examples the finetuned model is already as good as {most} from scratch: the curves do not "
-        return answer | known | {"status": "at least", "saved": most - least, "why": why + "cross"}
-    return answer | known | {"status": "found", "examples_needed": found, "saved": most - found, "why": ""}
+        return answer | known | {"status": "at least", "saved": enough - least, "why": why + "cross"}
+    why = "" if enough == most else f"from scratch, {enough:.0f} examples are as good as {most}"
+    return answer | known | {"status": "found", "examples_needed": found, "saved": enough - found, "why": why}
 
 
 def verdict(task: str, curves: Curves) -> list[str]:
