@@ -22,7 +22,7 @@ from sci_evals.finetune_report import Difference
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.widen import is_table
 from sci_gpt.recipes import adapt as adapting
-from sci_gpt.recipes.adapt import AdaptSettings, adapt, from_scratch, introduce
+from sci_gpt.recipes.adapt import AdaptSettings, Examples, adapt, from_scratch, introduce
 from sci_gpt.recipes.film import Notes
 from sci_gpt.recipes.finetune import Request, prepare
 from sci_gpt.recipes.public import Model
@@ -210,7 +210,16 @@ def test_a_region_of_a_grid_and_a_record_are_finetuned(model: Model) -> None:
     wave = np.convolve(rng.normal(size=3000), np.ones(5), "same").astype(np.float32)
     tuned, result = model.finetune(obspy.Stream([obspy.Trace(wave, header)]), say=quiet, name="well", **SHORT)
     assert tuned.sources["well"].modality == "trace" and len(result.adapted.history) > 1
-    comparison = finetune_report.compare(model, result, settings=AdaptSettings(**SHORT), say=quiet)
+    given = []
+
+    def watched(start: Model, examples: Examples, **words: Any) -> Any:
+        given.append((start.step, examples, words["settings"]))
+        return adapt(start, examples, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_report, "adapt", watched)
+        comparison = finetune_report.compare(model, result, settings=AdaptSettings(**SHORT), say=quiet)
+    assert given == [(0, result.prepared.examples, AdaptSettings(**SHORT))], "from scratch, as the finetuning"
     assert {"AR(32)", finetune_report.SCRATCH} <= {row["name"] for row in comparison.rows}
 
 
@@ -218,7 +227,7 @@ def test_a_region_of_a_grid_and_a_record_are_finetuned(model: Model) -> None:
     ("share", "low", "high", "words"),
     [
         (0.05, 0.02, 0.09, "pretraining is worth it here: CRPS against from scratch -5.0 % [-9.0, -2.0]"),
-        (0.05, -0.02, 0.09, "not worth it here, as far as these data tell"),
+        (0.05, -0.02, 0.09, "not shown to be worth it here"),
         (-0.05, -0.09, -0.01, "not worth it here, it does harm"),
         (0.05, math.nan, math.nan, "no verdict, the test part is one block"),
     ],
@@ -226,7 +235,15 @@ def test_a_region_of_a_grid_and_a_record_are_finetuned(model: Model) -> None:
 def test_the_verdict_follows_the_interval(share: float, low: float, high: float, words: str) -> None:
     one = Difference(other="x", score=1.0, other_score=1.0, share=share, low=low, high=high, num_blocks=9)
     ridge = replace(one, other="ridge", share=-0.1, low=-0.2, high=-0.05)
-    said = finetune_report.verdict(one, ridge)
+    best = replace(one, other="persistence", share=0.1, low=0.05, high=0.2)
+    said = finetune_report.verdict(one, ridge, best=best, steps=(30, 20))
+    assert "and better than persistence: CRPS -10.0 % [-20.0, -5.0], the best baseline." in said
+    assert finetune_report.verdict(one, ridge, best=ridge, steps=(30, 20)).endswith(
+        "worse than ridge: CRPS +10.0 % [+5.0, +20.0]."
+    )
+    untrained = finetune_report.verdict(one, ridge, best=best, steps=(0, 0))
+    assert untrained.endswith("No step of the finetuning made it better on the validation part.")
+    assert ("no verdict, from scratch was best before its first step" in untrained) == (low > 0)
     assert words in said and "worse than ridge: CRPS +10.0 % [+5.0, +20.0]" in said
 
 

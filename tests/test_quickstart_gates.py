@@ -63,7 +63,7 @@ def test_no_source_is_more_than_a_tenth_worse_than_its_best_baseline(headlines: 
 
 @pytest.mark.parametrize("model", ["untrained", "time-shuffled"])
 def test_what_has_learned_nothing_shows_no_skill(model: str, headlines: list[dict[str, str]]) -> None:
-    """No interval of a whole source lies above zero."""
+    """No interval of a whole source lies above zero, and no skill is over 0.01 (chance on few windows)."""
     control = [row for row in headlines if row["model"] == model]
     assert len({row["source"] for row in control}) == SOURCES
-    assert [row for row in control if low(row) > 0] == []
+    assert [row for row in control if low(row) > 0 or float(row["skill"]) > 0.01] == []

@@ -58,10 +58,10 @@ class Comparison:
         rows: (name, CRPS, MAE, skill against from scratch with its interval), models first, then baselines by CRPS.
         unit: of the scores ("1" where several channels or records are pooled).
         verdict: in words.
-        differences: against from scratch and against the baseline of reference (ridge; AR(32) for records).
+        differences: against from scratch, the baseline of reference (ridge; AR(32) for records) and the best baseline.
         windows, quantiles: of the test part, for the picture; quantiles by model name.
         forecasts: of the baselines.
-        scratch: how the training from scratch went.
+        finetuned, scratch: how the two trainings went.
         left_out: baselines that do not apply, and why.
     """
 
@@ -72,6 +72,7 @@ class Comparison:
     windows: WindowSet
     quantiles: dict[str, list[np.ndarray]]
     forecasts: dict[str, Forecast]
+    finetuned: Adapted
     scratch: Adapted
     left_out: dict[str, str]
 
@@ -108,40 +109,50 @@ def compare(
     simple = {name: score_baseline(test, forecast) for name, forecast in forecasts.items()}
     reference = "ridge" if "ridge" in simple else "AR(32)"
     against = {**own, **simple}
+    rows = {name: _row(name, test, against=against, target=prepared.target) for name in against}
+    order = sorted(simple, key=lambda name: rows[name]["crps"])
     differences = tuple(
         _difference(test, {FINETUNED: own[FINETUNED]}, other={name: against[name]}, target=prepared.target)
-        for name in (SCRATCH, reference)
-    )
-    rows = [_row(name, test, against=against, target=prepared.target) for name in own]
-    rows += sorted(
-        (_row(name, test, against=against, target=prepared.target) for name in simple), key=lambda row: row["crps"]
+        for name in (SCRATCH, reference, order[0])
     )
     return Comparison(
-        rows=tuple(rows),
-        unit=rows[0]["unit"],
-        verdict=verdict(differences[0], differences[1]),
+        rows=tuple(rows[name] for name in (*own, *order)),
+        unit=rows[FINETUNED]["unit"],
+        verdict=verdict(*differences[:2], best=differences[2], steps=(result.adapted.best_step, scratch.best_step)),
         differences=differences,
         windows=test,
         quantiles=quantiles,
         forecasts=forecasts,
+        finetuned=result.adapted,
         scratch=scratch,
         left_out=_left_out(test, simple),
     )
 
 
-def verdict(scratch: Difference, reference: Difference) -> str:
-    """The verdict in words, with intervals: first pretraining against none, then the model against the baseline."""
+def verdict(scratch: Difference, reference: Difference, *, best: Difference, steps: tuple[int, int]) -> str:
+    """The verdict in words, with intervals: first pretraining against none, then the model against the baselines.
+
+    Args:
+        scratch, reference, best: against from scratch, the baseline of reference, the best baseline.
+        steps: the best step of the finetuned model and of the one from scratch; 0 where no step made it better.
+    """
     shown = f"CRPS against from scratch {_percent(scratch)}"
     if not np.isfinite(scratch.low):
         first = f"pretraining: no verdict, the test part is one block ({shown})"
+    elif steps[1] == 0 and scratch.sign > 0:
+        first = f"pretraining: no verdict, from scratch was best before its first step: it was not trained ({shown})"
     elif scratch.sign > 0:
         first = f"pretraining is worth it here: {shown}"
     elif scratch.sign < 0:
         first = f"pretraining is not worth it here, it does harm: {shown}"
     else:
-        first = f"pretraining is not worth it here, as far as these data tell: {shown}; the interval holds 0"
-    words = {1: "better than", 0: "level with", -1: "worse than"}[reference.sign]
-    return f"{first}. The finetuned model is {words} {reference.other}: CRPS {_percent(reference)}."
+        first = f"pretraining is not shown to be worth it here: {shown}; the interval holds 0"
+    words = {1: "better than", 0: "level with", -1: "worse than"}
+    rows = [reference] if best.other == reference.other else [reference, best]
+    said = " and ".join(f"{words[row.sign]} {_SAID.get(row.other, row.other)}: CRPS {_percent(row)}" for row in rows)
+    more = "" if len(rows) == 1 else ", the best baseline"
+    none = " No step of the finetuning made it better on the validation part." if steps[0] == 0 else ""
+    return f"{first}. The finetuned model is {said}{more}.{none}"
 
 
 def table(comparison: Comparison) -> list[str]:
@@ -156,6 +167,16 @@ def table(comparison: Comparison) -> list[str]:
     windows = comparison.windows
     leads = lead_name(windows.shape.leads, float(np.median(windows.step_seconds)) * windows.shape.frame_times)
     lines.append(f"{windows.num_windows} forecasts of the test part, {leads} ahead, {first.num_blocks} blocks of time")
+    own, usual = _block_seconds(windows)
+    if own < usual:
+        lines.append(
+            f"the record is short: blocks of {own / 86400:.3g} days in place of {usual / 86400:.3g}; the intervals may "
+            "be too narrow"
+        )
+    lines.append(
+        f"best of {comparison.finetuned.steps} steps: {comparison.finetuned.best_step}; from scratch, best of "
+        f"{comparison.scratch.steps}: {comparison.scratch.best_step}"
+    )
     lines += [f"left out: {name}: {reason}" for name, reason in comparison.left_out.items()]
     return lines
 
@@ -171,6 +192,7 @@ def plain(comparison: Comparison) -> dict[str, Any]:
         "num_windows": comparison.windows.num_windows,
         "leads": list(comparison.windows.shape.leads),
         "left_out": comparison.left_out,
+        "finetuned": {"best_step": comparison.finetuned.best_step, "steps": comparison.finetuned.steps},
         "scratch": {"best_step": comparison.scratch.best_step, "steps": comparison.scratch.steps},
     }
 
@@ -212,14 +234,18 @@ def _quantiles(predictor: Predictor, windows: WindowSet) -> list[np.ndarray]:
     return predictor.quantiles(list(windows.samples()), num_context=shape.num_context, leads=shape.leads, levels=LEVELS)
 
 
-def _bootstrap(windows: WindowSet) -> Bootstrap:
-    """Blocks of time: as long as the task has them, shorter where the test part would have fewer than ten, but never
-    shorter than the longest lead.
+def _block_seconds(windows: WindowSet) -> tuple[float, float]:
+    """Length of the blocks, and that which the task has: shorter where the test part would have fewer than ten, but
+    never shorter than the longest lead.
     """
     step = float(np.median(windows.step_seconds)) * windows.shape.frame_times
     task = task_for(windows.modality, float(np.median(windows.step_seconds)))
-    span = float(np.ptp(windows.origin)) + step
-    length = max(min(float(task.block_length(windows).min()), span / _BLOCKS), max(windows.shape.leads) * step)
+    span, usual = float(np.ptp(windows.origin)) + step, float(task.block_length(windows).min())
+    return max(min(usual, span / _BLOCKS), max(windows.shape.leads) * step), usual
+
+
+def _bootstrap(windows: WindowSet) -> Bootstrap:
+    length, _ = _block_seconds(windows)
     blocks = np.floor((windows.origin - windows.origin.min()) / length + 1e-6).astype(int)
     return Bootstrap(
         blocks=blocks,

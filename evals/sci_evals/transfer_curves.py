@@ -115,7 +115,7 @@ def saved(curves: Curves) -> dict[str, Any]:
     if math.isinf(found):
         why = f"with {least} examples the finetuned model is already as good as {most} from scratch: the curves do not "
         return answer | known | {"status": "at least", "saved": enough - least, "why": why + "cross"}
-    why = "" if enough == most else f"from scratch, {enough:.0f} examples are as good as {most}"
+    why = "" if round(enough) == most else f"from scratch, {enough:.0f} examples are as good as {most}"
     return answer | known | {"status": "found", "examples_needed": found, "saved": enough - found, "why": why}
 
 
