@@ -18,7 +18,7 @@ import sci_evals.evaluate
 from sci_evals.arrivals import first_arrivals
 from sci_evals.baselines import forecast_baselines
 from sci_evals.evaluate import control_windows, evaluate, open_contest
-from sci_evals.results import TRAINED, UNTRAINED, headline
+from sci_evals.results import ANCHOR, LEARNED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import LeadGroup, compare, score_baseline, score_quantiles
 from sci_evals.tasks import EVAL_TASKS, lead_name, task_for
 from sci_evals.windowset import WindowSet, choose_starts, cut
@@ -201,6 +201,15 @@ def test_evaluation_scores_every_source_and_control(
     skill = {(row["model"], row["source"]): row["skill"] for row in rows if row["metric"] == "crps"}
     for source in ("field", "station", "quake"):
         assert skill[UNTRAINED, source] < skill[TRAINED, source] < 1
+    # What was learned: the trained model's score against the anchor's, on the same windows.
+    score = {(r["model"], r["source"], r["region"], r["channel"], r["lead"], r["metric"]): r for r in rows}
+    learned = [row for key, row in score.items() if key[0] == LEARNED and row["score"] is not None]
+    assert learned
+    for row in learned:
+        same = (row["source"], row["region"], row["channel"], row["lead"], row["metric"])
+        trained, anchor = score[(TRAINED, *same)], score[(ANCHOR, *same)]
+        assert (row["baseline"], row["num_windows"]) == (ANCHOR, trained["num_windows"])
+        assert row["skill"] == pytest.approx(1 - trained["score"] / anchor["score"])
     assert result["left_out"] == {}
     json.dumps(result, allow_nan=False)
 
