@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy
 
+from benchmarks.results import machine, write_section
 from sci_evals.law_fit import LEVEL, fit
 from sci_evals.scaling_points import Points, make_points
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-BEGIN, END = "<!-- fit_coverage: begin -->", "<!-- fit_coverage: end -->"
 # Hoffmann et al. 2022, section 3.3.
 CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 SHOWN = ("E", "A", "B", "alpha", "beta", "exponent_params")
@@ -112,33 +109,13 @@ def main(arguments: list[str]) -> int:
         lines += table(experiment, found, replicates=parsed.bootstrap)
     used = os.times()
     busy = used.user + used.system + used.children_user + used.children_system
-    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
     lines.append(
-        f"Made by `python benchmarks/fit_coverage.py` in {time.monotonic() - began:.0f} s ({busy:.0f} s of processor "
-        f"time) with {parsed.processes} processes ({machine}, SciPy {scipy.__version__})."
+        f"Made by `python -m benchmarks.fit_coverage` in {time.monotonic() - began:.0f} s ({busy:.0f} s of processor "
+        f"time) with {parsed.processes} processes ({machine()}, SciPy {scipy.__version__})."
     )
     print("\n".join(lines))
-    _write(lines)
+    write_section("fit_coverage", lines, title="Coverage of the intervals of `sci-gpt fit`")
     return 0
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _write(lines: list[str]) -> None:
-    """Replace what stands between the marks in RESULTS.md, or append it."""
-    text = RESULTS.read_text(encoding="utf-8")
-    section = "\n".join([BEGIN, "## Coverage of the intervals of `sci-gpt fit`", "", *lines, END])
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
-    else:
-        text = text.rstrip("\n") + "\n\n" + section + "\n"
-    RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

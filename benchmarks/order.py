@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -19,17 +17,18 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.results import machine, write_section
+from sci_gpt.data.index import INDEX, RECORD, records_name, shard_name
 from sci_gpt.data.loader import Corpus, packing_report, plan_step
 from sci_gpt.data.order import keyed
-from sci_gpt.data.quality import SPAN
-from sci_gpt.data.store import FORMAT_VERSION, QUALITY, RECORD, Store, records_name, shard_name
+from sci_gpt.data.store import FORMAT_VERSION, Store
+from sci_gpt.data.store_writer import seal
 from sci_gpt.data.windows import WindowSpec
 from sci_tokenizers.sample import Modality
 from sci_tokenizers.tokenizer import TokenizerSettings
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-BEGIN, END = "<!-- order: begin -->", "<!-- order: end -->"
-SIZES = (1_000_000, 1_000_000_000)
+# Windows in all, and at most so many in a stretch: an archive of long ones, and one of a million short ones.
+SIZES = ((1_000_000, 1_000_000), (1_000_000_000, 1_000_000), (1_000_000_000, 900))
 ROW_LENGTH = 2048
 LAYOUTS = ((8, 2), (16, 2), (16, 4), (32, 4), (64, 8), (64, 16))  # rows per step, ranks
 STEPS = 50
@@ -74,37 +73,34 @@ SOURCES = {
 SETTINGS = TokenizerSettings(grid_patch=8, trace_samples=5)
 
 
-def write_index(folder: Path, total: int) -> int:
-    """Write manifest and index of a store with `total` training windows, and no data; returns its stretches."""
-    manifest, stretches = {}, 0
+def write_index(folder: Path, total: int, *, most: int) -> tuple[int, int]:
+    """Write manifest and index of a store with `total` training windows, at most `most` in a stretch, and no data;
+    returns its stretches and shards."""
+    manifest, num_stretches, num_shards = {}, 0, 0
     for name, source in SOURCES.items():
-        left = round(source.share * total)
-        rows: list[np.ndarray] = []
+        windows, per_stretch = round(source.share * total), min(source.windows_per_stretch, most)
+        records = np.zeros(-(-windows // per_stretch), RECORD)
+        own = np.full(len(records), per_stretch)
+        own[-1] = windows - per_stretch * (len(records) - 1)
+        records["key"] = [f"{name}/{number}".encode() for number in range(len(records))]
         frame_times = SETTINGS.trace_samples if source.modality == "trace" else 1
-        while left > 0:
-            windows = min(left, source.windows_per_stretch)
-            left -= windows
-            row = np.zeros((), RECORD)
-            row["key"] = f"{name}/{len(rows)}".encode()
-            row["shard"] = len(rows) // SHARD_STRETCHES
-            row["num_times"] = (windows - 1 + source.frames) * frame_times
-            rows.append(row)
+        records["num_times"] = (own - 1 + source.frames) * frame_times
+        split = folder / name / "train"
+        split.mkdir(parents=True)
         shards = []
-        (folder / name / "train").mkdir(parents=True)
-        for number, first in enumerate(range(0, len(rows), SHARD_STRETCHES)):
-            part = np.stack(rows[first : first + SHARD_STRETCHES])
-            np.save(folder / name / "train" / records_name(number), part, allow_pickle=False)
-            shards.append(
-                {"shard": shard_name(number), "num_stretches": len(part), "records_crc32": zlib.crc32(part.tobytes())}
-            )
-        np.save(folder / name / "train" / QUALITY, np.zeros(0, SPAN), allow_pickle=False)
-        (folder / name / "train" / "index.json").write_text(json.dumps({"shards": shards}), encoding="utf-8")
+        for number, first in enumerate(range(0, len(records), SHARD_STRETCHES)):
+            part = records[first : first + SHARD_STRETCHES]
+            np.save(split / records_name(number), part, allow_pickle=False)
+            row = dict.fromkeys(("num_spans", "bytes", "sums_crc32", "quality_crc32"), 0)
+            row |= {"num_stretches": len(part), "num_times": int(part["num_times"].sum())}
+            shards.append(row | {"shard": shard_name(number), "records_crc32": zlib.crc32(part.tobytes())})
+        (split / INDEX).write_text(json.dumps({"shards": shards}), encoding="utf-8")
         manifest[name] = {"modality": source.modality, "shape": source.shape}
-        stretches += len(rows)
-    content = {"format_version": FORMAT_VERSION, "fingerprint": "synthetic", "sources": manifest}
-    (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+        num_stretches += len(records)
+        num_shards += len(shards)
     (folder / "statistics.json").write_text("{}", encoding="utf-8")
-    return stretches
+    seal(folder, {"format_version": FORMAT_VERSION, "fingerprint": "synthetic", "sources": manifest})
+    return num_stretches, num_shards
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -154,7 +150,7 @@ def locality(corpus: Corpus, samples: int = 50_000) -> list[str]:
         stretch, _, _ = corpus.windows[source].locate(window)
         touched.setdefault(source, set()).add(stretch // SHARD_STRETCHES)
     names = [spec.source for spec in corpus.specs]
-    shards = [-(-len(corpus.store.stretches(name, "train")) // SHARD_STRETCHES) for name in names]
+    shards = [-(-corpus.store.num_stretches(name, "train") // SHARD_STRETCHES) for name in names]
     return [f"{names[source]} {len(found)} of {shards[source]}" for source, found in sorted(touched.items())]
 
 
@@ -182,52 +178,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--note", default="", help="a line for RESULTS.md about the machine's other work")
     parsed = parser.parse_args(arguments)
     lines = [
-        "| samples | stretches | n-th sample, ms (mean, 99 %) | memory gained, MB | opening, s |",
-        "|---|---|---|---|---|",
+        "| samples | stretches | shards | n-th sample, ms (mean, 99 %) | memory gained, MB | opening, s |",
+        "|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(prefix="order-") as scratch:
-        for total in SIZES:
-            folder = Path(scratch) / str(total)
-            stretches = write_index(folder, total)
+        for number, (total, most) in enumerate(SIZES):
+            folder = Path(scratch) / str(number)
+            stretches, shards = write_index(folder, total, most=most)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 found: dict[str, Any] = pool.submit(measure, folder, total, accesses=parsed.accesses).result()
             lines.append(
-                f"| {total:.0e} | {stretches:,} | {found['milliseconds']:.3f}, {found['milliseconds_99']:.3f} | "
-                f"{found['megabytes']:.1f} | {found['opened_seconds']:.2f} |"
+                f"| {total:.0e} | {stretches:,} | {shards:,} | {found['milliseconds']:.3f}, "
+                f"{found['milliseconds_99']:.3f} | {found['megabytes']:.1f} | {found['opened_seconds']:.2f} |"
             )
-        corpus = open_corpus(Path(scratch) / str(SIZES[-1]))
+        corpus = open_corpus(Path(scratch) / "1")
         lines += ["", *packing(corpus), ""]
         lines.append(f"Shards read by 50,000 consecutive samples, of all: {', '.join(locality(corpus))}.")
     lengths = ", ".join(f"{name} {length}" for name, length in zip(SOURCES, corpus.lengths, strict=True))
     lines += [
         f"{parsed.accesses:,} random numbers within {EPOCHS} times the corpus, each to its stretch and times. "
-        f"Every rank holds the index, {RECORD.itemsize} bytes per stretch, however long. "
+        f"A rank holds a row per shard; of the records, {RECORD.itemsize} bytes per stretch, those of the shards read "
+        f"last. Random numbers are the worst case: each opens the records of another shard ({SHARD_STRETCHES} "
+        "stretches). "
         f"Documents have {lengths} tokens, rows {ROW_LENGTH}; fill and spread are means over {STEPS} steps.",
-        f"Made by `python benchmarks/order.py` ({_processor()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, NumPy {np.__version__}). {parsed.note}".rstrip(),
+        f"Made by `python -m benchmarks.order` ({machine()}). {parsed.note}".rstrip(),
     ]
     print("\n".join(lines))
-    _write(lines)
+    write_section("order", lines, title="The n-th sample, packing and dealing")
     return 0
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _write(lines: list[str]) -> None:
-    """Replace what stands between the marks in RESULTS.md, or append it."""
-    text = RESULTS.read_text(encoding="utf-8")
-    section = "\n".join([BEGIN, "## The n-th sample, packing and dealing", "", *lines, END])
-    if BEGIN in text:
-        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
-    else:
-        text = text.rstrip("\n") + "\n\n" + section + "\n"
-    RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

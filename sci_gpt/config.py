@@ -1,18 +1,18 @@
-"""The whole configuration tree on one page: typed, unknown keys refused, loaded from one complete YAML file."""
+"""The whole configuration tree on one page: typed, frozen, unknown keys refused."""
 
 from __future__ import annotations
 
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from sci_gpt.errors import ConfigError
-from sci_gpt.plain_tree import explain, override_key, read_plain
+from sci_gpt.data.addresses import path_or_url
+
+Where = Annotated[Path | str, AfterValidator(path_or_url)]  # a folder, or a URL that fsspec reads: s3://bucket/prefix
 
 
 def _refuse_twice(what: str, names: list[str]) -> None:
@@ -32,12 +32,14 @@ class SplitConfig(Node):
 
     by: time (an era of the corpus calendar) | station (an era, and stations) | run (members of a simulation) | event;
     `valid` and `test` name what is held out whole (stations, runs, events). `gap_days` overrides the calendar's gap;
-    `empty` names the splits that may hold nothing.
+    `buffer_km` (by: station) leaves stations nearer than that to a held-out one out of training; `empty` names the
+    splits that may hold nothing.
     """
 
     by: Literal["time", "run", "station", "event"]
     era: str | None = None
     gap_days: float | None = Field(default=None, gt=0)
+    buffer_km: float | None = Field(default=None, gt=0)
     valid: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     empty: tuple[Literal["valid", "test"], ...] = ()
@@ -62,6 +64,15 @@ class SourceConfig(Node):
     licence: str
     citation: str
     split: SplitConfig
+
+    @model_validator(mode="after")
+    def _real_weather_has_dates(self) -> Self:
+        if self.split.by == "run" and self.nature != "simulation":
+            raise ValueError(
+                f"source {self.name!r}: split by run is for simulations, whose weather never happened, got nature: "
+                f"{self.nature}; split it by time or station, on the corpus calendar"
+            )
+        return self
 
 
 class EraConfig(Node):
@@ -102,16 +113,42 @@ class CalendarConfig(Node):
         return self
 
 
+class BuildConfig(Node):
+    """Who does the work of a build, none of which changes what is built.
+
+    workers: processes of Dask's LocalCluster (default: one per core); 0: this process does everything.
+    memory_megabytes: for all processes together (default: four fifths of what is free now); as many workers are started
+    as it holds.
+    scheduler: address of a running Dask scheduler (tcp://HOST:PORT) whose workers share `output` and the files.
+    """
+
+    workers: int | None = Field(default=None, ge=0)
+    memory_megabytes: float | None = Field(default=None, gt=0)
+    scheduler: str | None = None
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if self.scheduler is not None and (self.workers is not None or self.memory_megabytes is not None):
+            raise ValueError("workers and memory_megabytes are of the local cluster; with a scheduler leave them out")
+        return self
+
+
 class DataConfig(Node):
-    """`sci-gpt build`: sources, splits, shards."""
+    """`sci-gpt build`: sources, splits, shards.
+
+    stretch_megabytes: longer stretches of a grid are cut in time, no window crosses a cut; it bounds the memory of a
+    build (see docs/data.md). shard_megabytes: of a shard, about.
+    """
 
     name: str
-    output: Path
+    output: Where
     calendar: CalendarConfig
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     climatology_year_harmonics: int = Field(default=2, ge=0)
     climatology_day_harmonics: int = Field(default=2, ge=0)
+    stretch_megabytes: float = Field(default=32.0, gt=0)
     shard_megabytes: float = Field(default=256.0, gt=0)
+    build: BuildConfig = BuildConfig()
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:
@@ -289,7 +326,7 @@ class PretrainConfig(Node):
 
     name: str
     output: Path
-    data: Path
+    data: Where
     seed: int = Field(ge=0)
     shuffle_block: int = Field(default=65536, ge=1)
     shuffle_time: bool = False
@@ -345,53 +382,3 @@ class PretrainConfig(Node):
         if missing:
             raise ValueError(f"loss_factor: missing {missing}; every modality has a factor, also one that is absent")
         return self
-
-
-Config = TypeVar("Config", bound=Node)
-
-
-def load_config(path: Path, kind: type[Config], *, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a complete YAML file into a tree of `kind`, with `--set a.b=c` overrides (values are YAML).
-
-    Raises:
-        ConfigError: no such file, not YAML, a key twice, an unknown key (the nearest real one is named), a value of the
-            wrong type, an override that leads nowhere.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration file {str(path)!r}; the examples are in configs/") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
-    tree = read_plain(text, where=str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, got {type(tree).__name__}")
-    for override in overrides:
-        override_key(tree, override)
-    return parse_config(tree, kind, where=str(path))
-
-
-def parse_config(tree: dict[str, Any], kind: type[Config], *, where: str) -> Config:
-    """Check a tree of plain values; `where` (a file or a checkpoint) begins the message.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        # Unknown keys first: a misspelt required key is also a missing one, and the misspelling is what must be mended.
-        items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        # A list whose entries are wrong is also too short; only the entries are worth a word.
-        places = [item["loc"] for item in items]
-        items = [
-            row
-            for row in items
-            if not any(len(row["loc"]) < len(p) and p[: len(row["loc"])] == row["loc"] for p in places)
-        ]
-        raise ConfigError(f"{where}: " + "; ".join(explain(kind, item) for item in items[:3])) from error
-
-
-def show_config(config: Node) -> str:
-    """The resolved tree as YAML (`--show`); `load_config` reads it back to an equal tree."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))

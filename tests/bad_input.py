@@ -87,7 +87,7 @@ CASES = {
     "missing file, inspect": Case(
         argv=lambda desk: ["inspect", "nowhere.nc"],
         holds=("'nowhere.nc'",),
-        remedy="give a data file or a folder made by `sci-gpt build`",
+        remedy="give a data file, or a store made by `sci-gpt build`",
     ),
     "missing configuration": Case(
         argv=lambda desk: ["pretrain", "nowhere.yaml"], holds=("'nowhere.yaml'",), remedy="the examples are in configs/"

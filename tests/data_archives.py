@@ -13,6 +13,8 @@ import obspy
 import xarray as xr
 
 from sci_gpt.data.source import SourceSettings
+from toy_zarr import dataset, write_zarr
+from toy_zarr import settings as zarr_settings
 
 DAY = 86400.0
 
@@ -183,8 +185,19 @@ def records(folder: Path, tail: float) -> Archive:
     return Archive(settings=settings, altered_from=3000 / 40.0, known=((0, 0, 0.0),), raw={"stream": stream})
 
 
+def zarr_store(folder: Path, tail: float) -> Archive:
+    """400 days of a 360-day calendar in a Zarr: packed temperatures on two levels, rain; latitudes north to south."""
+    place = write_zarr(folder / "fields.zarr", dataset(tail))
+    # 250 + 0.01 * 2500 K on the level 500 hPa, which the Zarr has second; 86.4 mm a day = 0.001 kg m-2 s-1. A year of
+    # 360 days is stretched to the real one: day 300 of it is 300 / 360 of the way through 2001.
+    known = ((0, 9, 275.0), (1, 7, 265.0), (2, 8, 0.001))
+    altered_from = _day("2001-01-01") + 300 / 360 * 365 * DAY
+    return Archive(settings=zarr_settings(place, tile=[4, 3]), altered_from=altered_from, known=known)
+
+
 ARCHIVES: dict[str, Callable[[Path, float], Archive]] = {
     "netcdf_grid": grid,
+    "zarr_grid": zarr_store,
     "netcdf_column_series": column,
     "csv_series": station_table,
     "ghcn_daily": dly,

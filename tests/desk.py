@@ -18,12 +18,14 @@ from typing import Any
 import psutil
 import yaml
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.train.run_folder import LOG, read_lines
 from sci_launch import cli
 from test_cli import one_source
 from test_forecast import table
 from toy_model import make_run
+from toy_store import change_manifest
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "sci-gpt"
 SECONDS = 90.0
@@ -87,8 +89,7 @@ class Desk:
     def other_store(self) -> str:
         """A copy of the run's store with another fingerprint."""
         shutil.copytree(self.folder / "toy" / "store", self.folder / "other")
-        manifest = self.folder / "other" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace("0123456789abcdef", "fedcba9876543210"))
+        change_manifest(self.folder / "other", {"fingerprint": "fedcba9876543210"})
         return "other"
 
     def run_on_disk(self) -> str:

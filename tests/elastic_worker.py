@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sci_gpt.config import PretrainConfig, load_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config
 from sci_gpt.data.store import Store
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts

@@ -15,7 +15,7 @@ MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS, MAX_POSITIONAL = 400, 60, 8, 2
 # Who may import whom, folder by folder (the design's arrows); a folder may always import itself.
 _FLOOR_2 = {"sci_tokenizers", "sci_gpt.errors"}
 _FLOOR_3 = _FLOOR_2 | {"sci_gpt.data", "sci_gpt.model", "sci_gpt.parallel"}
-_FLOOR_5 = _FLOOR_3 | {"sci_gpt.train", "sci_gpt.config"}
+_FLOOR_5 = _FLOOR_3 | {"sci_gpt.train", "sci_gpt.config", "sci_gpt.config_file"}
 ARROWS: dict[str, set[str]] = {
     "sci_tokenizers": set(),
     "sci_gpt.errors": set(),
@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "sci_gpt.model": _FLOOR_2,
     "sci_gpt.parallel": _FLOOR_2 | {"sci_gpt.model"},
     "sci_gpt.train": _FLOOR_3,
-    "sci_gpt.config": _FLOOR_3 | {"sci_gpt.train", "sci_gpt.plain_tree"},
+    "sci_gpt.config": _FLOOR_3 | {"sci_gpt.train"},
+    "sci_gpt.config_file": {"sci_gpt.errors", "sci_gpt.config", "sci_gpt.plain_tree"},
     "sci_gpt.recipes": _FLOOR_5,
     "sci_gpt": {"sci_gpt.recipes"},
     "sci_evals": _FLOOR_5 | {"sci_gpt.recipes"},

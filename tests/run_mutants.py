@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def _pytest(tree: Path, nodes: Sequence[str], output: Path) -> None:
     sys.path[:] = [str(tree / folder) for folder in PACKAGES] + [path for path in sys.path if path != here]
     for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(here)]:
         del sys.modules[name]
+    sys.modules["__main__"] = types.ModuleType("__main__")  # processes that a test spawns need not import this script
     sys.exit(pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", *nodes]))
 
 

@@ -47,12 +47,12 @@ def samples() -> list[list[Sample]]:
     ]
 
 
-def inputs_of(rows: list[list[Sample]]) -> ModelInputs:
+def inputs_of(rows: list[list[Sample]], *, context_only: bool = False) -> ModelInputs:
     """The packed batch of these windows as tensors."""
     documents = [
         [make_tokenizer(x.modality, SETTINGS).encode(x, num_context=CONTEXT, leads=(1, 2)) for x in row] for row in rows
     ]
-    return to_inputs(collate(documents, ROW))
+    return to_inputs(collate(documents, ROW, context_only=context_only))
 
 
 def places() -> list[tuple[int, int, int, int, int]]:
@@ -120,7 +120,38 @@ def test_attention_equals_a_plain_masked_softmax() -> None:
     share = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
     expected = torch.einsum("hij,jhc->ihc", share, v.double())
     expected[document < 0] = 0.0
-    torch.testing.assert_close(attend(q, k, v=v, groups=inputs.groups).double(), expected, rtol=1e-5, atol=1e-5)
+    for pieces in (1, 4, 11):  # 11: more than some documents have frames
+        found = attend(q, k, v=v, groups=inputs.groups, pieces=pieces)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_last_layer_for_the_last_frames_alone_predicts_the_same(model: SciGPT) -> None:
+    """A packed batch of every modality, of documents with several slots and of one with a single slot."""
+    rows = samples()
+    station = toy_sample("series", 12, seed=7)
+    one = replace(
+        station,
+        variables=station.variables[:1],
+        levels=station.levels[:1],
+        values=station.values[:, :1],
+        valid=station.valid[:, :1],
+    )
+    inputs = inputs_of([rows[0] + [one], rows[1]], context_only=True)
+    assert {group.slots for group in inputs.groups} == {1, 3, 6} and len(inputs.groups[0].index) > 1
+    fast, full = model(inputs, last_frames=True), model(inputs)
+    assert fast.keys() == full.keys() == {"grid", "series", "trace"}
+    for modality, prediction in full.items():
+        for name, expected in vars(prediction).items():
+            torch.testing.assert_close(vars(fast[modality])[name], expected, rtol=1e-4, atol=1e-5)
+    whole, last = model.trunk(inputs), model.trunk(inputs, last_frames=True)
+    torch.testing.assert_close(last[inputs.last_frames], whole[inputs.last_frames], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_last_frames_are_refused_where_earlier_ones_are_asked(model: SciGPT) -> None:
+    with pytest.raises(ValueError, match=r"units ask before the last frame of their document; collate with context_on"):
+        model(inputs_of(samples()), last_frames=True)
 
 
 @pytest.mark.parametrize("modality", ["grid", "trace"])

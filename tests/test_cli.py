@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sci_gpt.config import show_config
+from sci_gpt.config_file import show_config
 from sci_launch import cli
 from toy_store import toy_config, write_store
 
@@ -214,7 +214,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
-    def broken(config: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr("sci_gpt.recipes.plan.plan", broken)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sci_gpt.config import DataConfig, PretrainConfig, load_config, parse_config, show_config
+from sci_gpt.config import DataConfig, PretrainConfig
+from sci_gpt.config_file import load_config, parse_config, show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes.studies import SweepConfig, TransferConfig
 
@@ -311,3 +312,10 @@ def test_an_override_into_an_empty_list_says_that_it_is_empty(tmp_path: Path) ->
     tree = pretrain_tree() | {"phases": []}
     with pytest.raises(ConfigError, match=r"'0' is no entry of a list of 0; it is empty"):
         load_config(write(tmp_path, tree), PretrainConfig, overrides=("phases.0.row_length=3",))
+
+
+def test_real_weather_is_not_split_by_runs(tmp_path: Path, root: Path) -> None:
+    """Its dates would escape the corpus calendar: it could train on what another source is tested on."""
+    override = "sources.cmip6_daily_ta.nature=analysis"
+    with pytest.raises(ConfigError, match="'cmip6_daily_ta': split by run is for simulations.*split it by time or"):
+        load_config(root / "configs/data/quickstart.yaml", DataConfig, overrides=(override,))

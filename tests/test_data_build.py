@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sci_gpt.config import DataConfig, load_config, parse_config
+from sci_gpt.config import DataConfig
+from sci_gpt.config_file import load_config, parse_config
 from sci_gpt.data.splits import DAY
 from sci_gpt.data.store import DTYPES, SPLITS, Store
 from sci_gpt.errors import CheckpointError, ConfigError, DataError
@@ -53,7 +54,13 @@ def tree(output: Path, **changes: Any) -> dict[str, Any]:
     }
     era = {"name": "one", "start": "2000-01-01", "train_until": "2001-06-30", "valid_until": "2001-12-31"}
     calendar = {"gap_days": 5, "eras": [{**era, "end": "2002-12-31"}]}
-    return {"name": "small", "output": str(output), "calendar": calendar, "sources": [source | changes]}
+    return {
+        "name": "small",
+        "output": str(output),
+        "calendar": calendar,
+        "sources": [source | changes],
+        "build": {"workers": 0},
+    }
 
 
 def station(path: Path, *, altered: str | None = None, kelvin: bool = False) -> None:

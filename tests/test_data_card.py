@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 
 def test_the_card_says_what_the_store_says_and_loads_nothing(store: Store) -> None:
-    content = (store.path / CARD).read_text(encoding="utf-8")
+    content = (Path(store.path) / CARD).read_text(encoding="utf-8")
     page = Page()
     page.feed(content)
     assert len(page.loads) == 3 and all(source.startswith("data:image/png;base64,") for source in page.loads)

@@ -238,7 +238,7 @@ def test_a_flipped_place_and_a_flipped_record_are_seen(tmp_path: Path) -> None:
     content = bytearray(records.read_bytes())
     content[-70] ^= 1
     records.write_bytes(content)
-    with pytest.raises(DataError, match=r"idx\.npy: its 1 records are not the 1 that were written"):
+    with pytest.raises(DataError, match=r"idx\.npy does not match its checksum: its 1 rows are not"):
         Store.open(tmp_path / "s").stretches("field", "train")
 
 
@@ -254,9 +254,9 @@ def _npy(descr: str, shape: str, content: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
 
 
-def _claiming(size: int) -> bytes:
+def _claiming(size: int, *, kind: bytes = tarfile.REGTYPE) -> bytes:
     entry = tarfile.TarInfo("field/a/0.values.npy")
-    entry.size = size
+    entry.size, entry.type = size, kind
     return entry.tobuf(tarfile.GNU_FORMAT) + bytes(512)
 
 
@@ -286,6 +286,8 @@ MALICIOUS: dict[str, tuple[bytes, str]] = {
     ),
     "objects": (_member("field/a/0.values.npy", _npy("'|O'", "(1,)", b"cos\nsystem\n")), r"no array of numbers.*\|O"),
     "a long name": (_member("x", b"y" * 5000, kind=tarfile.GNUTYPE_LONGNAME), "name claims 5000 bytes"),
+    "less than nothing": (_claiming(-512), "claims -512 bytes"),
+    "a name of less than nothing": (_claiming(-512, kind=tarfile.GNUTYPE_LONGNAME), "claims -512 bytes"),
     "twice": (2 * _member("field/a/0.meta.json", b"{}"), "stands twice"),
     "json bomb": (_member("field/a/0.meta.json", b"[" * 70_000), "has 70000 bytes"),
     "zip in npy": (_member("field/a/0.values.npy", b"PK\x03\x04" * 300), "which is no .npy"),
@@ -314,7 +316,7 @@ def test_a_malicious_shard_is_refused_with_its_name(name: str, tmp_path: Path) -
 def test_an_index_of_objects_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "s", [stretch(0)])
     np.save(tmp_path / "s" / "field/train/shard-00000.idx.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"idx\.npy cannot be read: .*[Oo]bjects in dtype"):
+    with pytest.raises(DataError, match=r"idx\.npy is torn: .*[Oo]bjects in dtype"):
         Store.open(tmp_path / "s").stretches("field", "train")
 
 

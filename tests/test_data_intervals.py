@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from sci_gpt.data.source_grid import interval_ends
+from sci_gpt.data.cf_grid import interval_ends
 
 
 def test_a_monthly_mean_is_known_when_its_month_ends() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sci_gpt.data import near_duplicates
+from sci_gpt.data.duplicates import DuplicateGuard
 from sci_gpt.data.near_duplicates import MOST_LAGS, NearDuplicates
-from sci_gpt.data.splits import DuplicateGuard
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
 
@@ -89,15 +90,20 @@ def test_an_altered_copy_in_another_split_is_refused(copy: Callable[[np.ndarray]
     assert said.endswith("leave one of the two out")
 
 
-def test_the_guard_of_a_build_refuses_an_altered_copy_between_any_two_splits() -> None:
+def test_the_guard_of_a_build_refuses_an_altered_copy_between_any_two_splits(tmp_path: Path) -> None:
     original = record("s/a/0", weather(1, 700))
     copy = replace(original, key="s/b/0", values=np.round(original.values * 1.8, 1))
     for split, other in (("train", "test"), ("train", "valid"), ("valid", "test"), ("test", "train")):
         guard = DuplicateGuard()
-        guard.add(original, split)
-        guard.add(copy, other)
-        with pytest.raises(DataError, match=r"'s/(a|b)/0' \(\w+\) and 's/(a|b)/0' \(\w+\) are nearly the same"):
+        for number, (sample, where) in enumerate(((original, split), (copy, other))):
+            worker = DuplicateGuard()  # each piece is seen by a process of its own
+            worker.add(record(f"s/x{number}/0", weather(2 + number, 200)), where)
+            worker.add(sample, where)
+            worker.save(tmp_path / "seen.npz")
+            guard.merge(DuplicateGuard.load(tmp_path / "seen.npz"))
+        with pytest.raises(DataError, match=r"'s/(a|b)/0' \(\w+\) and 's/(a|b)/0' \(\w+\) are nearly the same") as said:
             guard.check()
+        assert f"'s/a/0' ({split})" in str(said.value) and f"'s/b/0' ({other})" in str(said.value)
     guard = DuplicateGuard()
     guard.add(original, "train")
     guard.add(copy, "train")
@@ -213,3 +219,22 @@ def test_what_repeats_itself_costs_no_more_than_its_limit(monkeypatch: pytest.Mo
     one, two = (record(f"s/{seed}/0", 10.0 * day + 0.2 * noise(seed, 8000)) for seed in (1, 2))
     assert refusal([one], [two]) is None
     assert 0 < judged <= MOST_LAGS * (8000 // near_duplicates.CHUNK_TIMES + 1)
+
+
+def test_a_large_split_is_looked_up_at_evenly_spread_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is held out, so many windows are looked up; a long copy among other records is found by a few."""
+    monkeypatch.setattr(near_duplicates, "MOST_LOOKED_UP", 60)
+    original = weather(1, 3000)
+    others = [record(f"s/x{number}/0", weather(10 + number, 1000)) for number in range(6)]
+    guard = NearDuplicates()
+    guard.add(record("s/a/0", original), "train")
+    for other in [*others[:3], record("s/b/0", 2.0 * original), *others[3:]]:
+        guard.add(other, "test")
+    looked_up = [
+        place
+        for scale in near_duplicates.SCALES
+        for _, place in guard._candidates(guard._marks["test", scale], guard._marks["train", scale])
+    ]
+    assert 0 < len(looked_up) <= 60 * len(near_duplicates.SCALES) * near_duplicates.NEIGHBOURS
+    with pytest.raises(DataError, match="'s/a/0' .* and 's/b/0' .* are nearly the same"):
+        guard.check()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import obspy
 import pytest
 
-from sci_gpt.data.quality import CLIPPED_TIMES, LEAST_TIMES, RULES, SPAN, find_spans, left_out
+from sci_gpt.data.quality import CLIPPED_TIMES, LEAST_TIMES, RULES, SPAN, find_spans, left_out, runs
+from sci_gpt.data.source import SourceSettings
+from sci_gpt.data.source_trace import stream_samples
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import DataError
@@ -103,7 +107,7 @@ def test_windows_are_left_out_as_by_looking_at_each(tmp_path: Path, modality: st
     spoiled, fine = with_spans(modality), replace(of_modality(series("s/b/0", seed=5), modality), key="s/b/0")
     samples = [replace(sample, key=f"field/{n}/0", source="field") for n, sample in enumerate((fine, spoiled, fine))]
     store = write(tmp_path / "s", samples)
-    store = _as(store, modality)
+    store = as_source(store, modality)
     spec = WindowSpec(source="field", frames=frames, stride=stride, context_frames=(1, 2), leads=(1,))
     windows = Windows(store, spec, split="train", frame_times=1)
     expected, cost = [], dict.fromkeys(NAMES, 0)
@@ -120,7 +124,7 @@ def test_windows_are_left_out_as_by_looking_at_each(tmp_path: Path, modality: st
     same(windows.read(windows.num_windows - 1), replace(samples[last[0]].window(*last[1:]), levels=(85000.0,)))
 
 
-def _as(store: Store, modality: str) -> Store:
+def as_source(store: Store, modality: str) -> Store:
     """The store with the manifest of one channel at one place."""
     row = store.manifest["sources"]["field"] | {"modality": modality, "shape": [1, 1, 1], "levels": [85000.0]}
     row["variables"] = ["digitizer_counts_vertical" if modality == "trace" else "air_temperature"]
@@ -129,7 +133,7 @@ def _as(store: Store, modality: str) -> Store:
 
 def test_a_source_without_a_good_window_is_refused(tmp_path: Path) -> None:
     flat = replace(series("field/a/0"), values=np.full((500, 1, 1, 1), 280.0, np.float32), source="field")
-    store = _as(write(tmp_path / "s", [flat]), "series")
+    store = as_source(write(tmp_path / "s", [flat]), "series")
     spec = WindowSpec(source="field", frames=20, stride=1, context_frames=(1, 2), leads=(1,))
     with pytest.raises(DataError, match=r"source 'field', train: rules of quality leave out all 481 .*constant 481"):
         Windows(store, spec, split="train", frame_times=1)
@@ -139,3 +143,48 @@ def test_two_constant_spans_that_touch_are_two() -> None:
     spans = np.array([(0, 1, 0, 20), (0, 1, 20, 40)], SPAN)
     verdict = left_out(spans, num_times=40, need=10, step=1)
     assert (np.flatnonzero(verdict < 0) == np.arange(11, 20)).all() and (verdict[[10, 20]] == 1).all()
+
+
+def records_of(data: np.ndarray, *, rate: float, **options: Any) -> list[Sample]:
+    """A vertical component in counts as the reader of event records gives it."""
+    header = {"network": "XX", "station": "AAA", "channel": "HHZ", "sampling_rate": rate}
+    stream = obspy.Stream([obspy.Trace(data.astype(np.int32), {**header, "starttime": obspy.UTCDateTime(0)})])
+    settings = SourceSettings(name="quakes", reader="obspy_records", modality="trace", files=(), options=options)
+    return list(stream_samples(stream, settings, event="one", places={}))
+
+
+@pytest.mark.parametrize("rate", [100.0, 40.0, 10.0])
+def test_a_recorder_at_its_limit_is_seen_before_the_filter_rounds_it(tmp_path: Path, rate: float) -> None:
+    """A wave of 0.2 Hz that from 60 to 90 s is twice what 10,000 counts can hold; 200 s."""
+    seconds = np.arange(0, 200, 1 / rate)
+    noise = np.random.default_rng(0).normal(0, 40, len(seconds))
+    wave = np.where((seconds >= 60) & (seconds < 90), 20_000.0, 3_000.0) * np.sin(2 * np.pi * 0.2 * seconds) + noise
+    (sample,) = records_of(np.clip(np.rint(wave), -10_000, 10_000), rate=rate, high_pass_hz=0.01)
+    raw = np.abs(np.rint(wave)) >= 10_000
+    spans = spans_of(sample)["clipped"]
+    flagged = np.zeros(sample.num_times, bool)
+    for start, stop in spans:
+        flagged[start:stop] = True
+    moments = np.arange(sample.num_times) / 10.0
+    assert not flagged[moments < seconds[raw][0]].any() and not flagged[moments > seconds[raw][-1] + 1.5].any()
+    assert flagged[np.isin(np.round(moments, 6), np.round(seconds[raw], 6))].mean() > 0.95
+    if rate > 10.0:
+        assert spans_of(replace(sample, clipped=None))["clipped"] == [], "filtered values show no flat top"
+    store = as_source(write(tmp_path / "s", [replace(sample, key="field/a/0", source="field")]), "trace")
+    store.manifest["sources"]["field"].update(shape=[3, 1, 1], variables=list(sample.variables), levels=[None] * 3)
+    spec = WindowSpec(source="field", frames=100, stride=100, context_frames=(1, 2), leads=(1,))
+    windows = Windows(store, spec, split="train", frame_times=1)
+    assert windows.left_out == {"clipped": 3 + (rate > 10.0)}, "60 to 90 s, and what the filter carries beyond 90 s"
+    untouched = [windows.locate(k)[1] for k in range(windows.num_windows)]
+    assert [start for start in range(0, 2000, 100) if start not in untouched][:3] == [600, 700, 800]
+
+
+def test_a_slow_wave_in_counts_is_not_clipped_where_it_turns() -> None:
+    """Rounded to counts a wave of 20 s and 800 counts stays at its top for 32 samples in the raw record."""
+    wave = np.rint(800 * np.sin(2 * np.pi * 0.05 * np.arange(0, 200, 0.01)))
+    assert max(stop - start for start, stop in runs(wave == wave.max())) > CLIPPED_TIMES
+    (sample,) = records_of(wave, rate=100.0)
+    assert spans_of(sample)["clipped"] == []
+    wave = np.rint(8000 * np.sin(2 * np.pi * 0.05 * np.arange(0, 200, 0.01)))
+    (held,) = records_of(np.clip(wave, -7000, 8000), rate=100.0)
+    assert spans_of(held)["clipped"], "ten times larger and cut at -7000 it comes there by ten counts a sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import netCDF4
 import numpy as np
 import obspy
 import pytest
+import xarray as xr
 from scipy import signal
 
 from data_archives import ARCHIVES, Archive
 from sci_gpt.data.calendars import clock, posix_clock
-from sci_gpt.data.source import SourceSettings, locate
+from sci_gpt.data.source import SourceSettings, digest, locate
 from sci_gpt.data.sources import SOURCES, make_source
 from sci_gpt.data.waveforms import decimation, working_rate
 from sci_gpt.errors import DataError
@@ -24,7 +26,8 @@ from sci_tokenizers.variables import VARIABLES
 
 
 def read(settings: SourceSettings) -> list[Sample]:
-    return list(make_source(settings).read(settings))
+    reader = make_source(settings)
+    return [sample for part in reader.parts(settings) for sample in reader.read(settings, part)]
 
 
 @pytest.fixture(params=sorted(SOURCES))
@@ -43,6 +46,63 @@ def test_reading_twice_gives_the_same(archive: Archive) -> None:
         assert one.values.tobytes() == other.values.tobytes()
         assert one.valid.tobytes() == other.valid.tobytes()
         assert one.time.tobytes() == other.time.tobytes()
+
+
+def test_parts_can_be_read_by_anybody_in_any_order(archive: Archive) -> None:
+    """A part is all that a process needs: it is sent there, and nothing of the others is."""
+    reader = make_source(archive.settings)
+    parts = reader.parts(archive.settings)
+    assert len({part.name for part in parts}) == len(parts) and all(part.bytes > 0 for part in parts)
+    alone = [
+        [sample.values.tobytes() for sample in make_source(archive.settings).read(archive.settings, sent)]
+        for sent in reversed(pickle.loads(pickle.dumps(parts)))  # noqa: S301  as Dask sends it to its workers
+    ]
+    assert [row for rows in reversed(alone) for row in rows] == [s.values.tobytes() for s in read(archive.settings)]
+
+
+def test_a_grid_is_cut_in_time_and_in_bands(tmp_path: Path) -> None:
+    """400 hourly fields of 4 x 6 in two files that overlap, tiles of 2 x 3, 1,600 bytes a stretch: 57 or 58 times."""
+    paths = []
+    for number, (first, last) in enumerate(((0, 230), (200, 400))):
+        values = np.arange(first, last)[:, None, None] + np.arange(24.0).reshape(4, 6) / 100
+        axes = {"lat": ("lat", 40.0 - np.arange(4), {"units": "degrees_north"})}
+        axes |= {"lon": ("lon", np.arange(6.0), {"units": "degrees_east"})}
+        axes |= {"time": ("time", np.arange(first, last) * 1.0, {"units": "hours since 2001-01-01"})}
+        variable = ("time", "lat", "lon"), values, {"units": "K", "standard_name": "air_temperature"}
+        paths.append(tmp_path / f"{number}.nc")
+        xr.Dataset({"t2": variable}, coords=axes).to_netcdf(paths[-1])
+    settings = SourceSettings(
+        name="fields",
+        reader="netcdf_grid",
+        modality="grid",
+        files=tuple(map(str, paths)),
+        options={"variable": "t2", "tile": [2, 3]},
+    )
+    whole = read(settings)
+    assert [sample.key.split("/")[1:] for sample in whole] == [[f"grid-r{r}-c{c}", "0"] for r in (0, 2) for c in (0, 3)]
+    small = replace(settings, stretch_bytes=1_600)
+    parts = make_source(small).parts(small)
+    assert max(part.bytes for part in parts) <= 2 * 1_600  # a band is one tile high at least, and as wide as the grid
+    cuts = read(small)
+    assert {sample.num_times for sample in cuts} == {57, 58}
+    for sample in whole:
+        mine = [cut for cut in cuts if cut.key.startswith(f"{sample.key}-")]
+        assert [cut.key for cut in mine] == [f"{sample.key}-{number}" for number in range(7)]
+        np.testing.assert_array_equal(np.concatenate([cut.values for cut in mine]), sample.values)
+        np.testing.assert_array_equal(np.concatenate([cut.time for cut in mine]), sample.time)
+        row, column = (int(word[1:]) for word in sample.key.split("/")[1].split("-")[1:])
+        assert sample.values[321, 0, 1, 2] == np.float32(321 + ((row + 1) * 6 + column + 2) / 100)
+    with pytest.raises(DataError, match="62 times of a tile of 2 x 3 take stretch_megabytes.*fewer than 64"):
+        read(replace(settings, stretch_bytes=1_500))
+
+
+def test_files_of_one_name_are_all_in_the_fingerprint(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "x" / "f.csv" for folder in ("a", "b")] + [tmp_path / "a" / "g.csv"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    rows = digest(paths)
+    assert list(rows) == ["a/x/f.csv", "b/x/f.csv", "g.csv"] and len(set(rows.values())) == 3
 
 
 def test_keys_and_modality(archive: Archive) -> None:
@@ -101,7 +161,7 @@ def test_a_missing_file_is_named(archive: Archive) -> None:
 
 def test_an_unreadable_file_is_named(archive: Archive, tmp_path: Path) -> None:
     broken = tmp_path / Path(archive.settings.files[0]).name
-    broken.write_bytes(b"\x00\xff not an archive \x80" * 40)
+    (broken / "zarr.json" if broken.is_dir() else broken).write_bytes(b"\x00\xff not an archive \x80" * 40)
     with pytest.raises(DataError, match=broken.name) as caught:
         read(archive.settings)
     assert "\n" not in str(caught.value)

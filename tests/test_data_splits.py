@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sci_gpt.data.splits import DAY, DuplicateGuard, Era, SplitRule, check_eras, check_window
+from sci_gpt.data.duplicates import DuplicateGuard
+from sci_gpt.data.splits import DAY, Era, SplitRule, check_eras, check_window, least_distance_km
 from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
@@ -153,8 +154,10 @@ def test_a_copy_across_held_out_splits_is_refused_and_within_one_is_not() -> Non
     original, guard = series("s/a/0"), DuplicateGuard()
     guard.add(original, "valid")
     guard.add(replace(original, key="s/b/0"), "valid")
-    with pytest.raises(DataError, match=r"'s/a/0' \(valid\) and 's/c/0' \(test\)"):
-        guard.add(replace(original, key="s/c/0"), "test")
+    guard.check()
+    guard.add(replace(original, key="s/c/0"), "test")
+    with pytest.raises(DataError, match=r"'s/a/0' \(valid\) and 's/c/0' \(test\) hold the same values"):
+        guard.check()
 
 
 def test_constant_and_missing_stretches_are_not_duplicates() -> None:
@@ -163,3 +166,40 @@ def test_constant_and_missing_stretches_are_not_duplicates() -> None:
     guard.add(flat, "train")
     guard.add(replace(flat, key="s/b/0"), "test")
     guard.check()
+
+
+def at(station: str, latitude: float, longitude: float) -> Sample:
+    north, east = (np.full((1, 1), degrees, np.float32) for degrees in (latitude, longitude))
+    return replace(series(f"s/{station}/0"), latitude=north, longitude=east)
+
+
+def test_distances_are_those_of_great_circles() -> None:
+    """A degree of latitude is 6371.0088 pi / 180 = 111.195 km; of longitude half of it at 60 N, over the date line."""
+
+    def km(one: tuple[float, float], other: tuple[float, float]) -> float:
+        return least_distance_km(np.array([one]), np.array([other]))
+
+    assert km((0.0, 0.0), (1.0, 0.0)) == pytest.approx(111.195, abs=1e-3)
+    assert km((60.0, 179.75), (60.0, -179.75)) == pytest.approx(111.195 / 4, abs=1e-3)
+    assert km((60.0, 359.75), (60.0, 0.25)) == pytest.approx(111.195 / 4, abs=1e-3)
+    assert km((0.0, 0.0), (0.0, 180.0)) == pytest.approx(111.195 * 180, rel=1e-5)
+    several = np.array([(50.0, 0.0), (1.0, 0.0)])
+    assert least_distance_km(several, np.array([(0.0, 0.0), (-40.0, 9.0)])) == pytest.approx(111.195, abs=1e-3)
+
+
+def test_a_buffer_leaves_near_stations_out() -> None:
+    rule = SplitRule(source="s", by="station", era=ERA, gap_days=10.0, test=("t",), buffer_km=111.0)
+    samples = [at("t", 0.0, 0.0), at("n", 0.99, 0.0), at("f", 1.01, 0.0)]
+    known = rule.with_places(samples)
+    assert known.near is not None and set(known.near) == {"n"} and known.near["n"][0] == "t"
+    assert [[split for split, _ in known.parts(one)] for one in samples] == [["test"], [], ["train", "valid"]]
+    with pytest.raises(DataError, match="must know all places before it splits"):
+        rule.parts(samples[0])
+    with pytest.raises(DataError, match=r"buffer_km needs the latitude and longitude of every station, 'x' has none"):
+        rule.with_places([*samples, series("s/x/0")])
+    plain = replace(rule, buffer_km=None)
+    assert plain.with_places([series("s/x/0")]) is plain
+    with pytest.raises(DataError, match="buffer_km 5 goes with by: station and stations held out.*by: run and 1 held"):
+        SplitRule(source="s", by="run", test=("a",), buffer_km=5.0)
+    with pytest.raises(DataError, match="got by: station and 0 held out"):
+        SplitRule(source="s", by="station", era=ERA, gap_days=1.0, buffer_km=5.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -150,6 +151,39 @@ def test_workers_of_any_share_and_order_give_the_moments_of_the_whole(seed: int)
         assert cells is not None and other is not None
         np.testing.assert_array_equal(other.place, cells.place)
         np.testing.assert_allclose(other.coefficients, cells.coefficients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("drift", [0.0, 40.0])
+def test_a_large_offset_costs_no_digits(order: tuple[int, ...], drift: float) -> None:
+    """Pressure in Pa: the spread is a two-millionth of the level, where plain sums of squares lose the digits that are
+    asked for, or the steps drift; merged in every order against NumPy in float64 on the concatenation.
+    """
+    random, samples = np.random.default_rng(0), []
+    for number, hours in enumerate((3, 1700, 300)):
+        level = 101_325.0 + drift * np.arange(hours) + 0.05 * random.standard_normal(hours)
+        values = level.astype(np.float32)[:, None, None, None]
+        sample = series(f"s/{number}/0", days=hours)
+        samples.append(replace(sample, variables=("surface_air_pressure",), values=values))
+    workers = []
+    for sample in samples:
+        workers.append(
+            TrainingStatistics(source="s", variables=("surface_air_pressure",), levels=(np.nan,), num_year=0, num_day=0)
+        )
+        workers[-1].add(sample)
+    whole = workers[order[0]]
+    for number in order[1:]:
+        whole.merge(workers[number])
+    row = whole.finish()["surface_air_pressure"]
+    pooled = [sample.values[:, 0, 0, 0].astype(np.float64) for sample in samples]
+    steps = np.concatenate([np.diff(part) for part in pooled])
+    assert row.mean == pytest.approx(np.concatenate(pooled).mean(), rel=1e-6)
+    assert row.std == pytest.approx(np.concatenate(pooled).std(), rel=1e-6)
+    assert row.step_std == pytest.approx(steps.std(), rel=1e-6)
+    if drift == 0:
+        every = np.concatenate(pooled)
+        naive = float((every**2).mean() - every.mean() ** 2)
+        assert abs(naive / every.var() - 1) > 1e-5, "sums of squares would not do here"
 
 
 def test_statistics_of_other_things_are_not_merged() -> None:

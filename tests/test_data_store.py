@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from sci_gpt.data.store import DTYPES, FORMAT_VERSION, Store
-from sci_gpt.data.store_writer import Packing, SplitWriter
+from sci_gpt.data.store_writer import Packing, SplitWriter, seal
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
 
@@ -49,8 +49,8 @@ def write(path: Path, samples: list[Sample], *, shard_bytes: int = 1 << 30, pack
     row = {"modality": "grid", "step_seconds": 3600.0, "gap_days": None, "shape": SHAPE, "levels": [85000.0, None]}
     row["variables"] = ["air_temperature", "dew_point_temperature"]
     manifest = {"format_version": FORMAT_VERSION, "fingerprint": "f", "sources": {"field": row}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "statistics.json").write_text("{}")
+    seal(path, manifest)
     return Store.open(path)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from elastic_worker import WATCHDOG_SECONDS
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.loader import attention_cost, deal, plan_step
 from sci_gpt.data.store import Store

@@ -17,7 +17,7 @@ from scipy.special import ndtri
 import sci_evals.evaluate
 from sci_evals.arrivals import first_arrivals
 from sci_evals.baselines import forecast_baselines
-from sci_evals.evaluate import control_windows, evaluate, open_contest
+from sci_evals.evaluate import control_windows, evaluate, open_contest, score_model, score_models
 from sci_evals.results import ANCHOR, LEARNED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import LeadGroup, compare, score_baseline, score_quantiles
 from sci_evals.tasks import EVAL_TASKS, lead_name, task_for
@@ -39,17 +39,26 @@ def toy_windows(name: str) -> tuple[WindowSet, WindowSet]:
     return sets[0], sets[1]
 
 
+Document = tuple[Sample, int, tuple[int, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LastValue:
     """A stand-in for a trained model: a Gaussian about the last value, of the context's own spread."""
 
     spread: float
 
+    def documents(self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...]) -> list[Document]:
+        return [(sample, num_context, leads) for sample in samples]
+
     def quantiles(
         self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...], levels: tuple[float, ...]
     ) -> list[np.ndarray]:
+        return self.answers(self.documents(samples, num_context=num_context, leads=leads), levels=levels)
+
+    def answers(self, documents: Sequence[Document], *, levels: tuple[float, ...]) -> list[np.ndarray]:
         out = []
-        for sample in samples:
+        for sample, num_context, leads in documents:
             frame = sample.num_times // (num_context + max(leads))
             last = sample.values[num_context * frame - 1]
             scale = self.spread * (sample.values[: num_context * frame].std(axis=0) + 1e-6)
@@ -66,7 +75,8 @@ class Loaded:
     fingerprint: str
     step: int = 24
 
-    def untrained(self) -> Loaded:
+    def untrained(self, *, trunk: bool) -> Loaded:
+        assert not trunk, "an untrained model needs none"
         return replace(self, predictor=LastValue(spread=30.0))
 
     def anchor(self) -> Loaded:
@@ -145,6 +155,20 @@ def test_controls_are_scored_on_some_of_the_windows() -> None:
     assert len(control_windows(5000)) == 256
     np.testing.assert_array_equal(control_windows(5), np.arange(5))
     assert len(control_windows(400)) == 200
+
+
+def test_models_scored_together_score_as_each_alone() -> None:
+    """Windows are encoded once for all of them, in chunks; a control is scored on its own windows alone."""
+    _, test = toy_windows("daily series")
+    models = {"narrow": LastValue(spread=0.5), "wide": LastValue(spread=3.0)}
+    some = control_windows(test.num_windows)[5:]
+    assert 64 < test.num_windows and 0 < len(some) < test.num_windows
+    together = score_models(models, test, only={"wide": some})
+    for name, windows in (("narrow", test), ("wide", test.take(some))):
+        alone = score_model(models[name], windows)
+        np.testing.assert_array_equal(together[name].weight, alone.weight)
+        for metric, total in alone.total.items():
+            np.testing.assert_array_equal(together[name].total[metric], total)
 
 
 def test_coastlines_lie_where_land_ends() -> None:

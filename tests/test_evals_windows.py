@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sci_evals.evaluate import poor_windows
 from sci_evals.toy import daily_station, hourly_station, monthly_grid, trace_record
-from sci_evals.windowset import WindowShape, choose_starts, cut
+from sci_evals.transfer_data import draw
+from sci_evals.windowset import WindowShape, choose_starts, cut, read_windows
+from sci_gpt.data.store import Store
+from sci_gpt.data.store_writer import seal
 from sci_gpt.errors import DataError
+from sci_gpt.recipes.studies import TransferTask
+from test_data_quality import as_source, with_spans
+from test_data_splits import series
+from test_data_store import write
 
 SHAPE = WindowShape(num_context=4, leads=(1, 3), frame_times=5)
 
@@ -88,3 +98,31 @@ def test_places_are_told_apart() -> None:
 def test_no_window_is_an_error_that_says_so() -> None:
     with pytest.raises(DataError, match="no window of 35 times"):
         cut([trace_record(seconds=3.0)], SHAPE, starts=[np.zeros(0, int)])
+
+
+def test_windows_of_poor_quality_are_neither_scored_nor_learned_from(tmp_path: Path) -> None:
+    """Times 150..200 are constant, 420 is out of range: as in training, no window may hold 420 or be all constant."""
+    good = replace(series("field/b/0", seed=5), source="field")
+    store = as_source(write(tmp_path / "s", [replace(with_spans(), key="field/a/0", source="field"), good]), "series")
+    shape = WindowShape(num_context=8, leads=(1, 4))
+    windows = read_windows(store, "field", split="train", shape=shape, count=10**6)
+    assert windows is not None
+    starts = np.rint((windows.time[:, 0] - good.time[0]) / 86400.0).astype(int)
+    every = np.arange(500 - 12 + 1)
+    constant, beyond = (every >= 150) & (every + 12 <= 200), (every <= 420) & (420 < every + 12)
+    constant |= (every == 300) | ((every >= 59) & (every + 12 <= 100))  # a gap and the value before it; a flat top
+    missing = (every >= 60) & (every + 12 <= 100)
+    bad = constant | beyond | missing
+    assert set(starts[windows.stretch == 0]) <= set(every[~bad]) and set(starts[windows.stretch == 1]) == set(every)
+    assert windows.left_out["out_of_range"] == 12 and sum(windows.left_out.values()) == bad.sum()
+    assert poor_windows(windows)["field windows"].startswith(f"rules of quality leave out {bad.sum()} test windows (")
+    assert poor_windows(replace(windows, left_out={})) == {}
+    task = TransferTask(source="field", frames=12, context_frames=(4, 8), leads=(1, 4), max_steps=1)
+    for split in ("test", "valid"):
+        shutil.copytree(tmp_path / "s" / "field" / "train", tmp_path / "s" / "field" / split)
+    seal(tmp_path / "s", store.manifest)
+    store = Store.open(tmp_path / "s")
+    drawn = draw(store, task, count=10**6, valid_share=0.25, frame_times=1, most=50)
+    assert sum(drawn.left_out.values()) == bad.sum()
+    taken = {round((one.time[0] - good.time[0]) / 86400) for one in (*drawn.train, *drawn.valid) if "/a/" in one.key}
+    assert taken == {int(start) for start in every[~bad] if start + 12 <= 375 or start >= 375}

@@ -24,6 +24,7 @@ from sci_launch import cli
 from sci_tokenizers.prior import PRIOR_FEATURES, LinearPrior
 from test_forecast import table
 from toy_model import make_run, moved_model, write_checkpoint
+from toy_store import change_manifest
 
 ROW = {
     "model": "trained", "source": "field", "region": "all", "channel": "air_temperature", "lead": "1 d",
@@ -164,8 +165,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     shutil.copytree(config.output, run)
     other = tmp_path / "other"
     shutil.copytree(config.data, other)
-    manifest = other / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("0123456789abcdef", "fedcba9876543210"))
+    change_manifest(other, {"fingerprint": "fedcba9876543210"})
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.rglob("*"))
     cases = [

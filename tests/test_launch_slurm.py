@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from desk import snapshot
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_launch import cli
 from sci_launch.slurm import SCRIPT, Wishes, render, submit

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.train.run_folder import LOG, REQUEUE, keys_log, read_lines
 from sci_launch.slurm import Wishes, submit

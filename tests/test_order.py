@@ -249,7 +249,7 @@ def test_no_exchange_of_two_rows_would_help_the_dearest_rank(costs: list[int], w
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """The corpus of benchmarks/order.py: grids, series and traces, of which only the index exists."""
     folder = tmp_path_factory.mktemp("index")
-    write_index(folder, 1_000_000)
+    write_index(folder, 1_000_000, most=1_000_000)
     return open_corpus(folder)
 
 

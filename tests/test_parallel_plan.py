@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from sci_gpt.data.index import INDEX, quality_name
+from sci_gpt.data.quality import SPAN
+from sci_gpt.data.shard import Shard
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.init import initialize
@@ -16,10 +22,12 @@ from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.recipes import parts
+from sci_gpt.recipes import reading as recipe
 from sci_gpt.recipes.plan import describe, plan
+from sci_gpt.recipes.reading import demand, describe_reading
 from sci_gpt.train.feed import StepReader
 from sci_gpt.train.objective import NextFrame
-from toy_store import toy_config, write_store
+from toy_store import change_manifest, toy_config, write_store
 
 
 def test_bf16_at_zero_0_is_refused() -> None:
@@ -141,3 +149,73 @@ def test_the_plan_of_several_phases_reports_each_and_needs_room_for_the_largest(
     assert first["flops_per_step"] == plan(whole)["flops_per_step"]
     said = describe(result)
     assert "phase to step 20" in said and "phase to step 24" in said and "of the largest phase" in said
+
+
+def test_the_plans_bytes_are_those_that_reading_a_window_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long stretches, whose windows lie in several blocks of checksums; each window is read with nothing kept."""
+    times = {"field": [400], "station": [6000], "quake": [9000, 2000]}
+    store = Store.open(write_store(tmp_path / "store", times=times))
+    config = toy_config(store.path, tmp_path / "run")
+    monkeypatch.setattr(recipe, "_LOOKED_AT", 100_000)  # all windows
+    (phase,) = recipe.reading(config, store)
+    read, sizes = Shard.read, list[int]()
+
+    def counted(shard: Shard, offset: int, *, size: int) -> bytes:
+        sizes.append(size)
+        return read(shard, offset, size=size)
+
+    monkeypatch.setattr(Shard, "read", counted)
+    corpus = parts.curriculum(config, store).corpora[0]
+    shares = []
+    for windows, length in zip(corpus.windows, corpus.lengths, strict=True):
+        sizes.clear()
+        for window in range(0, windows.num_windows):
+            store.close()
+            windows.read(window)
+        row = phase["sources"][windows.spec.source]
+        assert sum(row["bytes_per_sample"].values()) == pytest.approx(sum(sizes) / windows.num_windows)
+        assert row["bytes_per_token"] == pytest.approx(sum(sizes) / windows.num_windows / length)
+        shares.append(row["bytes_per_token"])
+    # every source has a third of the tokens
+    assert phase["bytes_per_token"] == pytest.approx(sum(shares) / 3)
+    assert list(phase["bytes_per_token_by_modality"].values()) == pytest.approx(shares)  # grid, series, trace
+    assert phase["tokens_per_sample"] == pytest.approx(3 / sum(1 / length for length in corpus.lengths))
+
+
+def test_a_rate_that_is_given_says_what_the_store_must_give(store: Path, tmp_path: Path) -> None:
+    config = toy_config(store, tmp_path / "run")
+    result = plan(config, 6e6, nodes=2)
+    (phase,) = result["phases"]
+    read, need = phase["reading"], phase["reading"]["demand"]
+    assert need["gigabytes_per_second_and_node"] == pytest.approx(3e6 * read["bytes_per_token"] / 1e9)
+    assert need["samples_per_second"] == pytest.approx(6e6 / read["tokens_per_sample"])
+    assert "at 6,000,000 tokens/s" in describe(result) and "per node (as given)" in describe(result)
+    bound = plan(config)
+    most = bound["phases"][0]["reading"]
+    assert most["demand"]["tokens_per_second"] == pytest.approx(
+        most["packing"]["fill"] * 480 / bound["seconds_per_step_at_least"]
+    )
+    assert "at most: a matrix product's rate here" in describe(bound)
+    with pytest.raises(ConfigError, match="--tokens-per-second must be more than 0, got 0"):
+        plan(config, 0.0)
+    with pytest.raises(ConfigError, match="--nodes must divide the 2 processes of the run, got 3"):
+        plan(config, nodes=3)
+
+
+def test_the_plan_says_what_quality_leaves_out(tmp_path: Path) -> None:
+    """A station without values at its times 100..199 of 400: windows of 24 times, every 3: those from 102 to 174."""
+    path = write_store(tmp_path / "store")
+    spans = np.array([(0, 0, 100, 200)], SPAN)
+    folder = path / "station" / "train"
+    np.save(folder / quality_name(0), spans, allow_pickle=False)
+    index = json.loads((folder / INDEX).read_text())
+    index["shards"][0] |= {"num_spans": 1, "quality_crc32": zlib.crc32(spans.tobytes())}
+    (folder / INDEX).write_text(json.dumps(index))
+    change_manifest(path, {})
+    (phase,) = recipe.reading(toy_config(path, tmp_path / "run"), Store.open(path))
+    row = phase["sources"]["station"]
+    assert row["left_out"] == {"missing": 25}
+    assert row["share_left_out"] == pytest.approx(25 / (3 * 126))
+    assert "6.6 % of windows left out" in "\n".join(
+        describe_reading(phase | {"demand": demand(phase, 1.0, nodes=1)}, basis="")
+    )

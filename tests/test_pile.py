@@ -138,12 +138,13 @@ def test_the_anchor_alone_is_what_untrained_heads_say_without_a_lean(tmp_path: P
         assert isinstance(head, GaussianHead | MixtureHead)
         head.start_lean = 0.0
     sample = rain(dry=0.6)
-    one, two, moved = (
+    one, two, moved, start, trunkless = (
         model.predictor.quantiles([sample], num_context=CONTEXT, leads=(1, 2), levels=(0.1, 0.5, 0.9))[0]
-        for model in (anchor, whole, loaded)
+        for model in (anchor, whole, loaded, loaded.untrained(), loaded.untrained(trunk=False))
     )
     assert len(anchor.model.blocks) == 0 < len(whole.model.blocks)
     np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(start, trunkless)
     assert not np.array_equal(one, moved)
 
 

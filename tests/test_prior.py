@@ -10,8 +10,8 @@ import pytest
 
 from sci_gpt.data.prior import with_priors
 from sci_gpt.data.statistics import TrainingStatistics
-from sci_gpt.data.store import Store
-from sci_gpt.data.store_writer import SplitWriter
+from sci_gpt.data.store import FORMAT_VERSION, Store
+from sci_gpt.data.store_writer import SplitWriter, seal
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_tokenizers.autoregression import burg, own_forecast, step_coefficients
 from sci_tokenizers.memory import MEMORIES
@@ -74,8 +74,9 @@ def trained(tmp_path: Path) -> tuple[Store, dict[str, ChannelStatistics]]:
     assert sums is not None
     row = {"modality": "series", "step_seconds": 3600.0, "shape": [2, 1, 1], "levels": [None, None], "gap_days": None}
     row["variables"] = ["air_temperature", "wind_speed"]
-    manifest = {"format_version": 2, "fingerprint": "f", "sources": {source: row}}
-    store = Store(path=tmp_path, manifest=manifest, statistics={source: sums.finish()})
+    (tmp_path / "statistics.json").write_text("{}")
+    seal(tmp_path, {"format_version": FORMAT_VERSION, "fingerprint": "f", "sources": {source: row}})
+    store = replace(Store.open(tmp_path), statistics={source: sums.finish()})
     return store, with_priors(
         windows(store, "train"), make_tokenizer("series", SETTINGS), statistics=store.statistics[source]
     )

@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.recipes.load import load_model
@@ -27,7 +28,7 @@ from test_forecast import table
 from test_forecast_fields import field
 from test_forecast_waveforms import record
 from toy_model import make_run, moved_model, toy_data, write_checkpoint
-from toy_store import toy_config
+from toy_store import change_manifest, toy_config
 
 NAME = "toy-model"
 
@@ -183,8 +184,7 @@ def test_a_run_that_cannot_be_registered_is_refused(registered: PretrainConfig, 
     with pytest.raises(CheckpointError, match=r"holds no finished checkpoint"):
         register_model(registered, tmp_path)
     config = make_run(tmp_path, tracking=tracking(tmp_path))
-    path = config.data / "manifest.json"
-    path.write_text(path.read_text().replace("0123456789abcdef", "fedcba9876543210"))
+    change_manifest(Path(config.data), {"fingerprint": "fedcba9876543210"})
     with pytest.raises(
         CheckpointError, match=r"trained on data '0123456789abcdef', and .* is 'fedcba9876543210' by now"
     ):

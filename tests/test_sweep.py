@@ -13,7 +13,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from sci_evals.scaling_points import read_points
-from sci_gpt.config import PretrainConfig, load_config, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config, show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes.points import COLUMNS, points_of
 from sci_gpt.recipes.studies import SweepConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.recipes import parts
 from sci_gpt.train.feed import Place, StepReader

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,7 @@ import pytest
 import torch
 
 from sci_gpt.data.curriculum import Curriculum
-from sci_gpt.data.store import Store
+from sci_gpt.data.store import MOST_OPEN, Store
 from sci_gpt.errors import DataError
 from sci_gpt.model.init import initialize
 from sci_gpt.model.transformer import SciGPT
@@ -153,9 +158,39 @@ def test_the_next_step_is_read_ahead_and_each_step_once() -> None:
     )
 
 
+def test_the_first_step_is_read_before_it_is_asked_for() -> None:
+    read = Event()
+
+    def reader(step: int, n: int) -> StepRows:
+        read.set()
+        return Counted()(step, n)
+
+    ahead = Prefetch(reader)
+    ahead.begin(4, 12)
+    assert read.wait(30)
+    assert ahead.get(4, 12)[0].next_sample == 15
+    ahead.close()
+
+
 def test_an_error_of_the_reader_reaches_the_step_that_needs_it() -> None:
     ahead = Prefetch(Counted())
     assert ahead.get(0, 87)[0].next_sample == 90
     with pytest.raises(DataError, match="no such shard"):
         ahead.get(1, 90)
     ahead.close()
+
+
+def test_memory_does_not_grow_with_the_samples_read(tmp_path: Path) -> None:
+    """Reading threads take 15,000 samples after a warm-up of 5,000, from more shards than a store keeps open."""
+    times = {"field": [60] * 20, "station": [300] * 25, "quake": [600] * 25}
+    store = write_store(tmp_path / "store", times=times, shard_bytes=8192)
+    assert len(list(store.glob("*/train/*.tar"))) > MOST_OPEN
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("memory_worker.py")), str(store)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, "5000", "20000"], capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    warm, end = json.loads(done.stdout)
+    assert warm["samples"] >= 5000 and end["samples"] >= 20000
+    assert end["bytes"] < 1.02 * warm["bytes"]

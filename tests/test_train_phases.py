@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sci_gpt.config import PretrainConfig, parse_config, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import parse_config, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
 from sci_gpt.recipes import parts

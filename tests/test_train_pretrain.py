@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from sci_gpt.config import DataConfig, PretrainConfig, load_config, show_config
+from sci_gpt.config import DataConfig, PretrainConfig
+from sci_gpt.config_file import load_config, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.model.transformer import SciGPT
@@ -29,6 +31,7 @@ from sci_gpt.train.checkpoint import committed, latest, read_state, read_weights
 from sci_gpt.train.feed import StepReader
 from sci_gpt.train.run_folder import read_lines
 from sci_gpt.train.signals import Requests
+from toy_store import change_manifest
 
 STEPS, COMPARED = 28, 20
 PATIENCE_SECONDS = 120.0
@@ -251,14 +254,15 @@ def test_the_start_says_what_is_trained_and_lines_how_it_goes(runs: Runs) -> Non
     last = next(line for line in output.splitlines() if line.startswith(f"step {STEPS}/{STEPS} |"))
     for word in ("tokens/s", "ETA", "loss", "skill grid", "waits for data"):
         assert word in last
+    assert sum(line.startswith("waits for data ") and line.endswith(" s of steps") for line in output.splitlines()) == 1
 
 
 def test_other_data_another_seed_or_mixture_is_refused(runs: Runs, tmp_path: Path) -> None:
-    manifest = json.loads((runs.store / "manifest.json").read_text())
     for path in runs.store.iterdir():
         if path.name != "manifest.json":
             (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "another"}))
+    shutil.copy(runs.store / "manifest.json", tmp_path)
+    change_manifest(tmp_path, {"fingerprint": "another"})
     before = sorted(path.stat().st_mtime_ns for path in runs.straight.rglob("*"))
     changes = {
         "data": (tmp_path, "fingerprint is .* there and another here"),

@@ -10,7 +10,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from sci_gpt.errors import CheckpointError, ConfigError
-from sci_gpt.train.journal import Progress
+from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.resume import check_same_run, code_version
 from sci_gpt.train.run_folder import LineLog, cut_back, keys_log, locked, read_complete, read_lines, write_marker
 from sci_gpt.train.tracker import Tracker, TrackingTarget, flatten
@@ -103,9 +103,25 @@ def test_the_progress_line() -> None:
     progress.validation(40, {"grid": {"loss": 2.0, "skill": 0.125}})
     # two steps of 500 tokens in 4 s: 250 tokens/s, 60 steps left at 2 s each, 1 s of 4 waited
     assert progress.line(record, 4.0) == (
-        "step 40/100 | 250 tokens/s | ETA 2:00 | loss 1.2500 | skill grid +0.125 | waits for data 25 %"
+        "step 40/100 | 250 tokens/s | ETA 2:00 | loss 1.2500 | skill grid +0.125 | waits for data 25.0 %"
     )
     assert "validation: grid loss 2.0000 skill +0.125" in lines[0]
+
+
+def test_the_end_of_a_run_says_how_long_all_its_sessions_waited_for_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 3 steps of 2, 5 and 3 s, the first in an earlier session: 0.5, 0 and 0.25 s, which is 7.5 % of 10 s."""
+    record = {"tokens": 5, "loss": 1.0, "losses": {}, "gradient_norm": 1.0, "learning_rate": 0.1, "passed_over": 0}
+    for session in ([(1, 2.0, 0.5)], [(2, 5.0, 0.0), (3, 3.0, 0.25)]):
+        journal = RunJournal(tmp_path, rank=0, progress=Progress(3, every_seconds=1000.0), tracker=None)
+        for step, seconds, waited in session:
+            journal.step(record | {"step": step, "seconds": seconds, "wait_seconds": waited, "applied": True})
+        journal.validation(session[-1][0], {"grid": {"loss": 1.0, "skill": 0.0}})
+        journal.close()
+    assert "waits for data 7.50 % of 10.0 s of steps" in capsys.readouterr().out.splitlines()
+    shares = [metrics["wait_share"] for _, metrics in history(tmp_path) if "wait_share" in metrics]
+    assert shares == [0.25, 0.0, pytest.approx(0.25 / 3)]
 
 
 def test_a_tracking_failure_is_said_once_and_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

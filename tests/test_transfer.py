@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 from sci_evals import transfer
 from sci_evals.transfer_curves import FINETUNED, SCRATCH, Curves, needed, resample, saved, verdict
 from sci_evals.transfer_data import draw, refuse_seen
-from sci_gpt.config import PretrainConfig, load_config, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes.adapt import AdaptSettings, Examples, adapt

@@ -18,17 +18,15 @@ from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.fragments import Holding
 from sci_gpt.train.run_folder import COMPLETE, write_marker
 from sci_tokenizers.variables import VARIABLES
-from toy_store import toy_config, write_store
+from toy_store import change_manifest, toy_config, write_store
 
 LICENCES = {"nature": "simulation", "licence": "CC0", "citation": "made up for tests"}
 
 
 def toy_data(path: Path) -> Path:
     """The toy store with what a model card says of its sources."""
-    manifest = json.loads((write_store(path) / "manifest.json").read_text(encoding="utf-8"))
-    for row in manifest["sources"].values():
-        row.update(LICENCES)
-    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    sources = json.loads((write_store(path) / "manifest.json").read_text(encoding="utf-8"))["sources"]
+    change_manifest(path, {"sources": {name: row | LICENCES for name, row in sources.items()}})
     return path
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sci_gpt.config import PretrainConfig, parse_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import parse_config
 from sci_gpt.data.store import FORMAT_VERSION
-from sci_gpt.data.store_writer import SplitWriter
+from sci_gpt.data.store_writer import SplitWriter, seal
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 
@@ -53,8 +54,13 @@ def write_store(path: Path, *, times: Mapping[str, Sequence[int]] | None = None,
         },
     }
     (path / "statistics.json").write_text(json.dumps(statistics))
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    seal(path, manifest)
     return path
+
+
+def change_manifest(path: Path, changes: Mapping[str, Any]) -> None:
+    """Let a store say something else, and seal it again."""
+    seal(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")) | dict(changes))
 
 
 def _sample(name: str, split: str, *, part: int, times: int, random: np.random.Generator) -> Sample:
@@ -103,7 +109,7 @@ def _statistics(name: str) -> ChannelStatistics:
     )
 
 
-def toy_config(store: Path, run: Path, **changes: Any) -> PretrainConfig:
+def toy_config(store: Path | str, run: Path, **changes: Any) -> PretrainConfig:
     """A run of 24 steps of mixed rows on two processes, in one phase.
 
     `changes` replace top-level keys; `row_length`, `rows_per_step` and `mixture` are those of the phase.

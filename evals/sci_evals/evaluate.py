@@ -92,7 +92,8 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     """
     begin, store = time.monotonic(), Store.open(config.data)
     loaded = load_matching(run, store)
-    untrained, anchor = loaded.untrained().predictor, loaded.anchor().predictor
+    start = loaded.untrained(trunk=False)
+    models = {TRAINED: loaded.predictor, ANCHOR: loaded.anchor().predictor, UNTRAINED: start.predictor}
     control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
     rows: list[Score] = []
     exhibits: list[Exhibit] = []
@@ -100,7 +101,7 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     for entry in config.mixture:
         contest, train = open_contest(store, entry, config=config)
         if contest is None or train is None:
-            left_out[entry.source] = "no window of its test (or training) split fits; nothing can be said of it"
+            left_out[entry.source] = "no good window of its test (or training) split fits; nothing can be said of it"
             print(f"evaluate {entry.source}: left out: {left_out[entry.source]}", flush=True)
             continue
         left_out |= {
@@ -108,11 +109,12 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
             for number, channel in enumerate(contest.test.channels)
             if number not in scored_channels(contest.test)
         }
-        whole = {TRAINED: score_model(loaded.predictor, contest.test), ANCHOR: score_model(anchor, contest.test)}
+        left_out |= poor_windows(contest.test)
         every, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
-        rows += contest.rows(whole, config=config, index=every)
+        whole = score_models(models, contest.test, only={UNTRAINED: some})
+        rows += contest.rows({name: whole[name] for name in (TRAINED, ANCHOR)}, config=config, index=every)
         rows += contest.over_anchor(whole).rows({LEARNED: whole[TRAINED]}, config=config, index=every)
-        rows += contest.rows({UNTRAINED: score_model(untrained, contest.test.take(some))}, config=config, index=some)
+        rows += contest.rows({UNTRAINED: whole[UNTRAINED]}, config=config, index=some)
         if control is not None:
             rows += score_shuffled(contest, train, control=control, config=config)
         exhibits += make_exhibits(
@@ -190,19 +192,41 @@ def open_contest(
     return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines), train
 
 
+def poor_windows(test: WindowSet) -> dict[str, str]:
+    """What rules of quality cost of a source's test windows, as an entry of `left_out`; empty where nothing."""
+    if not test.left_out:
+        return {}
+    cost = ", ".join(f"{rule} {count}" for rule, count in test.left_out.items())
+    return {f"{test.source} windows": f"rules of quality leave out {sum(test.left_out.values())} test windows ({cost})"}
+
+
 def score_model(model: QuantileModel, windows: WindowSet) -> WindowScores:
-    """Scores of a model's quantiles on every window, a chunk at a time."""
-    parts = []
+    """Scores of a model's quantiles on every window."""
+    return score_models({TRAINED: model}, windows)[TRAINED]
+
+
+def score_models(
+    models: Mapping[str, QuantileModel], windows: WindowSet, *, only: Mapping[str, np.ndarray] | None = None
+) -> dict[str, WindowScores]:
+    """Scores of several models on the same windows, which are encoded once: a chunk at a time, by the first of them.
+
+    Args:
+        models: of one tokenizer and the same statistics.
+        windows: to score.
+        only: {model: ascending numbers of the windows that it is scored on}; every one where a model is not named.
+    """
+    shape, reader = windows.shape, next(iter(models.values()))
+    parts: dict[str, list[WindowScores]] = {name: [] for name in models}
     for first in range(0, windows.num_windows, _CHUNK):
-        chunk = windows.take(np.arange(first, min(first + _CHUNK, windows.num_windows)))
-        quantiles = model.quantiles(
-            list(chunk.samples()), num_context=windows.shape.num_context, leads=windows.shape.leads, levels=LEVELS
-        )
-        parts.append(score_quantiles(chunk, quantiles))
-    return WindowScores(
-        total={name: np.concatenate([part.total[name] for part in parts]) for name in parts[0].total},
-        weight=np.concatenate([part.weight for part in parts]),
-    )
+        numbers = np.arange(first, min(first + _CHUNK, windows.num_windows))
+        samples = list(windows.take(numbers).samples())
+        documents = reader.documents(samples, num_context=shape.num_context, leads=shape.leads)
+        for name, model in models.items():
+            own = np.intersect1d(numbers, only[name]) if only and name in only else numbers
+            if len(own):
+                answers = model.answers([documents[i - first] for i in own], levels=LEVELS)
+                parts[name].append(score_quantiles(windows.take(own), answers))
+    return {name: WindowScores.concatenate(pieces) for name, pieces in parts.items()}
 
 
 def score_shuffled(contest: Contest, train: WindowSet, *, control: LoadedModel, config: PretrainConfig) -> list[Score]:

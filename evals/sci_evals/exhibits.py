@@ -209,8 +209,8 @@ def _waves(store: Store, test: WindowSet, *, model: QuantileModel, best: str) ->
     """Of each long test record, its first recorded component; forecasts roll over the P arrival, or the middle."""
     options = store.manifest["sources"][test.source].get("options", {})
     exhibits = []
-    for number, key in enumerate(store.keys(test.source, "test")):
-        length = int(store.stretches(test.source, "test")[number]["num_times"])
+    lengths = store.lengths(test.source, "test").tolist()
+    for number, (key, length) in enumerate(zip(store.keys(test.source, "test"), lengths, strict=True)):
         shape = test.shape
         span = shape.num_times + (_ROLLS - 1) * max(shape.leads) * shape.frame_times
         if length < span:

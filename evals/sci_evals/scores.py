@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,14 @@ ALL = "all"
 
 class QuantileModel(Protocol):
     """What evaluation needs of a model: `sci_gpt.model.predict.Predictor`."""
+
+    def documents(self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...]) -> list[Any]:
+        """The samples as the model reads them."""
+        ...
+
+    def answers(self, documents: Sequence[Any], *, levels: tuple[float, ...]) -> list[np.ndarray]:
+        """What `quantiles` gives for the samples of these documents."""
+        ...
 
     def quantiles(
         self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...], levels: tuple[float, ...]
@@ -45,6 +53,14 @@ class WindowScores:
     def take(self, index: np.ndarray) -> WindowScores:
         """Those windows."""
         return WindowScores(total={name: part[index] for name, part in self.total.items()}, weight=self.weight[index])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[WindowScores]) -> WindowScores:
+        """The windows of all parts, in their order."""
+        return cls(
+            total={name: np.concatenate([part.total[name] for part in parts]) for name in parts[0].total},
+            weight=np.concatenate([part.weight for part in parts]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +134,9 @@ def score_quantiles(windows: WindowSet, quantiles: Sequence[np.ndarray]) -> Wind
     Args:
         quantiles: per window (level, lead, frame_times, V, Y, X), physical units.
     """
-    truth = windows.truth
-    crps, error = np.empty(truth.shape), np.empty(truth.shape)
-    for i, own in enumerate(quantiles):
-        crps[i] = crps_from_quantiles_values(own, truth[i], levels=LEVELS)
-        error[i] = np.abs(own[MEDIAN] - truth[i])
-    return _sums(windows, crps=crps, mae=error)
+    truth, values = windows.truth, np.stack(quantiles, axis=1)
+    crps = crps_from_quantiles_values(values, truth, levels=LEVELS)
+    return _sums(windows, crps=crps, mae=np.abs(values[MEDIAN] - truth))
 
 
 def _sums(windows: WindowSet, **values: np.ndarray) -> WindowScores:

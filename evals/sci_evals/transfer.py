@@ -18,7 +18,8 @@ from sci_evals.transfer_curves import ANCHOR, FINETUNED, SCRATCH, Curves, resamp
 from sci_evals.transfer_data import Draw, draw, refuse_seen
 from sci_evals.transfer_plot import draw_transfer
 from sci_evals.windowset import WindowSet
-from sci_gpt.config import EvaluateConfig, PretrainConfig, load_config
+from sci_gpt.config import EvaluateConfig, PretrainConfig
+from sci_gpt.config_file import load_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.recipes import parts
@@ -125,6 +126,8 @@ def run_task(
             frame_times=frame_times,
             most=config.test_windows,
         )
+        if not trials and (drawn.left_out or drawn.test.left_out):
+            print(f"{task.source}: rules of quality leave out {_poor(drawn)}", flush=True)
         examples = drawn.examples(task)
         anchor = score_model(introduce(loaded, examples).anchor().predictor, drawn.test)
         trials.append(
@@ -194,6 +197,15 @@ def settings_for(config: TransferConfig, task: TransferTask, *, rate: float, see
         validate_every=config.validate_every,
         seed=seed,
     )
+
+
+def _poor(drawn: Draw) -> str:
+    """What rules of quality cost: "3 training windows (constant 3), 0 test windows"."""
+    parts = []
+    for split, cost in (("training", drawn.left_out), ("test", drawn.test.left_out)):
+        rules = ", ".join(f"{rule} {count}" for rule, count in cost.items())
+        parts.append(f"{sum(cost.values())} {split} windows" + (f" ({rules})" if rules else ""))
+    return ", ".join(parts)
 
 
 def least_valid(adapted: Adapted) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from sci_evals.windowset import WindowSet, WindowShape, read_windows
+from sci_evals.windowset import WindowSet, WindowShape, keep_good, read_windows
 from sci_gpt.config import PretrainConfig
 from sci_gpt.data.store import SPLITS, Store
 from sci_gpt.data.windows import WindowSpec
@@ -27,11 +28,13 @@ class Draw:
     Attributes:
         train, valid: from the earlier and the later part of the training split's stretches: they share no time.
         test: of the test split, for the scores alone.
+        left_out: {rule of quality: windows} of the training split that it cost.
     """
 
     train: tuple[Sample, ...]
     valid: tuple[Sample, ...]
     test: WindowSet
+    left_out: Mapping[str, int]
 
     def examples(self, task: TransferTask) -> Examples:
         """What both arms learn from, and choose their learning rate on."""
@@ -49,17 +52,20 @@ def draw(store: Store, task: TransferTask, *, count: int, valid_share: float, fr
     """
     length = task.frames * frame_times
     early, late = [], []
-    for index, record in enumerate(store.stretches(task.source, "train")):
-        times = int(record["num_times"])
-        cut = round(times * (1 - valid_share))
-        early += [(index, start) for start in range(cut - length + 1)]
-        late += [(index, start) for start in range(cut, times - length + 1)]
+    times = store.lengths(task.source, "train").tolist()
+    every = [np.arange(max(number - length + 1, 0)) for number in times]
+    good, left_out = keep_good(store, task.source, split="train", starts=every, need=length)
+    for index, (number, starts) in enumerate(zip(times, good, strict=True)):
+        cut = round(number * (1 - valid_share))
+        early += [(index, start) for start in starts[starts + length <= cut].tolist()]
+        late += [(index, start) for start in starts[starts >= cut].tolist()]
     num_valid = max(1, round(count * valid_share))
     if not early or not late:
         raise DataError(
             f"source {task.source!r}: no window of {task.frames} frames fits "
             f"{'its training' if not early else 'the validation'} part of the training split (the validation part is "
-            f"the last {100 * valid_share:g} %); lower frames, or change valid_share"
+            f"the last {100 * valid_share:g} %; rules of quality leave out {sum(left_out.values())} windows); lower "
+            "frames, or change valid_share"
         )
 
     def read(windows: list[tuple[int, int]], number: int) -> tuple[Sample, ...]:
@@ -70,8 +76,10 @@ def draw(store: Store, task: TransferTask, *, count: int, valid_share: float, fr
     shape = WindowShape(num_context=task.frames - max(task.leads), leads=task.leads, frame_times=frame_times)
     test = read_windows(store, task.source, split="test", shape=shape, count=most)
     if test is None:
-        raise DataError(f"source {task.source!r}: no window of {task.frames} frames in its test split; lower frames")
-    return Draw(train=read(early, count - num_valid), valid=read(late, num_valid), test=test)
+        raise DataError(
+            f"source {task.source!r}: no good window of {task.frames} frames in its test split; lower frames"
+        )
+    return Draw(train=read(early, count - num_valid), valid=read(late, num_valid), test=test, left_out=left_out)
 
 
 def refuse_seen(config: PretrainConfig, seen: Store, *, store: Store, source: str) -> None:
@@ -131,8 +139,7 @@ def _extents(store: Store, source: str, *, splits: tuple[str, ...]) -> list[Exte
     """(time, latitude, longitude), each (least, largest), of every stretch; longitudes in [0, 360)."""
     found = []
     for split in splits:
-        for index, record in enumerate(store.stretches(source, split)):
-            times = int(record["num_times"])
+        for index, times in enumerate(store.lengths(source, split).tolist()):
             first = store.read(source, split, index=index, start=0, stop=1)
             last = store.read(source, split, index=index, start=times - 1, stop=times)
             east = np.mod(first.longitude, 360.0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
 
 from sci_evals.metrics import area_weights
+from sci_gpt.data.quality import RULES, judged
 from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
@@ -57,6 +58,7 @@ class WindowSet:
         groups: run, station or event of each window; stretch: int (N,), row of `places`.
         places: (latitude, longitude, elevation) of each stretch, float32 (Y, X) each.
         records: key of each stretch without the source (GROUP[/PART]).
+        left_out: {rule of quality: windows} that were chosen and then left out, of a set that was read from a store.
     """
 
     source: str
@@ -75,6 +77,7 @@ class WindowSet:
     stretch: np.ndarray
     places: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
     records: tuple[str, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_windows(self) -> int:
@@ -217,6 +220,7 @@ def cut(samples: Sequence[Sample], shape: WindowShape, *, starts: Sequence[np.nd
         stretch=np.repeat(np.arange(len(kept)), counts),
         places=tuple((sample.latitude, sample.longitude, sample.elevation) for sample, _ in kept),
         records=tuple(sample.key.split("/", 1)[1] for sample, _ in kept),
+        left_out={},
     )
 
 
@@ -249,18 +253,45 @@ def choose_starts(lengths: np.ndarray, shape: WindowShape, *, count: int, seed: 
     return [chosen[stretch == i] - (ends[i] - possible[i]) for i in range(len(possible))]
 
 
+def keep_good(
+    store: Store, source: str, *, split: str, starts: Sequence[np.ndarray], need: int
+) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Windows less those that a rule of quality leaves out, as in training (`sci_gpt.data.quality.RULES`).
+
+    Args:
+        store, source, split: where they are.
+        starts: per stretch, the first time of each window, int (n,).
+        need: times of a window.
+
+    Returns:
+        Per stretch the starts that are left, and {rule: how many it cost}.
+    """
+    counts, kept, before = np.zeros(len(RULES), np.int64), list(starts), 0
+    for records, spans in store.shards(source, split):
+        for row in np.unique(spans["stretch"]).tolist():
+            stretch = before + row
+            verdict = judged(spans[spans["stretch"] == row], kept[stretch], need=need)
+            counts += np.bincount(verdict[verdict >= 0], minlength=len(RULES))
+            kept[stretch] = kept[stretch][verdict < 0]
+        before += len(records)
+    return kept, {rule.name: int(n) for rule, n in zip(RULES, counts, strict=True) if n}
+
+
 def read_windows(store: Store, source: str, *, split: str, shape: WindowShape, count: int) -> WindowSet | None:
-    """About `count` windows of a split, evenly spread; None where no window fits the split's stretches.
+    """About `count` windows of a split, evenly spread, less those that a rule of quality leaves out; None where none
+    is left, or none fits the split's stretches.
 
     Raises:
         DataError: a shard cannot be read.
     """
-    lengths = np.asarray(store.stretches(source, split)["num_times"], np.int64)
+    lengths = store.lengths(source, split)
     per_time = float(np.prod(store.shape(source))) * 5.0  # float32 and a bool
     count = max(1, min(count, int(1e9 / (per_time * shape.num_times))))
     samples: list[Sample] = []
     starts: list[np.ndarray] = []
-    for i, first in enumerate(choose_starts(lengths, shape, count=count)):
+    chosen = choose_starts(lengths, shape, count=count)
+    good, left_out = keep_good(store, source, split=split, starts=chosen, need=shape.num_times)
+    for i, first in enumerate(good):
         if not len(first):
             continue
         low, high = int(first[0]), int(first[-1]) + shape.num_times
@@ -272,7 +303,7 @@ def read_windows(store: Store, source: str, *, split: str, shape: WindowShape, c
             starts += [np.zeros(1, int)] * len(first)
     if not samples:
         return None
-    windows = cut(samples, shape, starts=starts)
+    windows = replace(cut(samples, shape, starts=starts), left_out=left_out)
     context_seen = windows.valid[:, : shape.context_times].any(axis=(1, 2, 3, 4))
     future_seen = windows.valid[:, shape.future_index].any(axis=(1, 2, 3, 4, 5))
     useful = np.flatnonzero(context_seen & future_seen)

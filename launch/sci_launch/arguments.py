@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sci_gpt.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like every other error of this command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
 def config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +43,7 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `sci-gpt inspect`."""
     parser.add_argument(
-        "path", metavar="FILE|STORE", type=Path, help="a data file, or a folder made by `sci-gpt build`"
+        "path", metavar="FILE|STORE", help="a data file, or a store made by `sci-gpt build`: its folder or URL"
     )
     parser.add_argument(
         "--family", metavar="NAME", help="who reads a file; left out, it follows from the file's ending"
@@ -147,6 +159,18 @@ def config_and_json(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `sci-gpt plan`."""
+    config_and_json(parser)
+    parser.add_argument(
+        "--tokens-per-second",
+        type=float,
+        metavar="N",
+        help="of the whole run, as its progress line prints them; without it the rate of a matrix product, a bound",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that share the run's processes")
+
+
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `sci-gpt export`."""
     parser.add_argument(
@@ -156,7 +180,6 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="STORE",
-        type=Path,
         help="the store it was trained on, for licences and citations; left out: where its configuration says",
     )
     json_argument(parser)

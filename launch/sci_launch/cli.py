@@ -8,14 +8,18 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sci_gpt.errors import ConfigError, DataError, SciGptError
 from sci_launch import arguments
 from sci_launch.results import print_result, progress, progress_of_processes
 
+if TYPE_CHECKING:
+    from sci_gpt.config import Node
+
+Kind = TypeVar("Kind", bound="Node")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAMILY_OF_ENDING = {
     ".nc": "netcdf",
@@ -35,18 +39,6 @@ class Command:
     example: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, like every other error of this command line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,18 +86,18 @@ def _for_a_person(error: Exception) -> str | None:
     return None
 
 
-def parser() -> Parser:
+def parser() -> arguments.Parser:
     """All commands and their options."""
     examples = "\n".join(
         f"  {name:<10}{command.summary}\n{'':<12}{command.example}" for name, command in COMMANDS.items()
     )
-    top = Parser(
+    top = arguments.Parser(
         prog="sci-gpt",
         description="Pretrain one model on grids, sensor series and seismic traces, evaluate it, forecast with it.",
         epilog=f"commands, each with an example:\n{examples}\n\n`sci-gpt COMMAND --help` lists a command's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=arguments.Parser)
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(
             name,
@@ -117,12 +109,21 @@ def parser() -> Parser:
     return top
 
 
-def _build(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import DataConfig, load_config, show_config
+def _config(parsed: argparse.Namespace, kind: type[Kind], *, overrides: Iterable[str]) -> Kind | None:
+    """The configuration of a command; None where it was only to be shown, which is done."""
+    from sci_gpt.config_file import load_config, show_config
 
-    config = load_config(parsed.config, DataConfig, overrides=tuple(parsed.overrides))
+    config = load_config(parsed.config, kind, overrides=tuple(overrides))
     if parsed.show:
         print(show_config(config), end="")
+    return None if parsed.show else config
+
+
+def _build(parsed: argparse.Namespace) -> int:
+    from sci_gpt.config import DataConfig
+
+    config = _config(parsed, DataConfig, overrides=parsed.overrides)
+    if config is None:
         return 0
     from sci_gpt.recipes.build import build
 
@@ -132,27 +133,28 @@ def _build(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    if not parsed.path.exists():
-        raise DataError(f"no file or store {str(parsed.path)!r}; give a data file or a folder made by `sci-gpt build`")
+    path = Path(parsed.path)
+    remote = "://" in parsed.path
+    if not remote and not path.exists():
+        raise DataError(f"no file or store {parsed.path!r}; give a data file, or a store made by `sci-gpt build`")
     from sci_gpt.recipes.inspect import inspect_file, inspect_store
 
-    if parsed.path.is_dir():
+    if remote or path.is_dir():
         return print_result(inspect_store(parsed.path), as_json=parsed.json)
-    family = parsed.family or _FAMILY_OF_ENDING.get(parsed.path.suffix.lower())
+    family = parsed.family or _FAMILY_OF_ENDING.get(path.suffix.lower())
     if family is None:
-        raise ConfigError(f"{str(parsed.path)!r}: its ending says not what it is; name one, as --family netcdf")
-    return print_result(inspect_file(parsed.path, family), as_json=parsed.json)
+        raise ConfigError(f"{parsed.path!r}: its ending says not what it is; name one, as --family netcdf")
+    return print_result(inspect_file(path, family), as_json=parsed.json)
 
 
 def _pretrain(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.config import PretrainConfig
 
     overrides = list(parsed.overrides)
     if parsed.processes is not None:
         overrides.append(f"parallel.processes={parsed.processes}")
-    config = load_config(parsed.config, PretrainConfig, overrides=tuple(overrides))
-    if parsed.show:
-        print(show_config(config), end="")
+    config = _config(parsed, PretrainConfig, overrides=overrides)
+    if config is None:
         return 0
     return _train_here(config)
 
@@ -178,27 +180,25 @@ def _train_here(config: Any, *, dry_run: bool = False) -> int:
 
 
 def _launch(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.config import PretrainConfig
 
-    config = load_config(parsed.config, PretrainConfig, overrides=arguments.launch_overrides(parsed))
+    config = _config(parsed, PretrainConfig, overrides=arguments.launch_overrides(parsed))
     wishes = arguments.slurm_wishes(parsed)
-    if parsed.show:
-        print(show_config(config), end="")
-    elif parsed.on == "local":
+    if config is None:
+        return 0
+    if parsed.on == "local":
         return _train_here(config, dry_run=parsed.dry_run)
-    else:
-        from sci_launch.slurm import Wishes, launch
+    from sci_launch.slurm import Wishes, launch
 
-        launch(config, Wishes(**wishes), dry_run=parsed.dry_run)
+    launch(config, Wishes(**wishes), dry_run=parsed.dry_run)
     return 0
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.config import PretrainConfig
 
-    config = load_config(parsed.config, PretrainConfig, overrides=tuple(parsed.overrides))
-    if parsed.show:
-        print(show_config(config), end="")
+    config = _config(parsed, PretrainConfig, overrides=parsed.overrides)
+    if config is None:
         return 0
     from sci_evals.evaluate import evaluate
 
@@ -238,15 +238,14 @@ def _finetune(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.config import PretrainConfig
 
-    config = load_config(parsed.config, PretrainConfig, overrides=tuple(parsed.overrides))
-    if parsed.show:
-        print(show_config(config), end="")
+    config = _config(parsed, PretrainConfig, overrides=parsed.overrides)
+    if config is None:
         return 0
     from sci_gpt.recipes.plan import describe, plan
 
-    result = plan(config)
+    result = plan(config, parsed.tokens_per_second, nodes=parsed.nodes)
     if parsed.json:
         return print_result(result, as_json=True)
     print(describe(result))
@@ -254,12 +253,10 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import load_config, show_config
     from sci_gpt.recipes.studies import SweepConfig
 
-    config = load_config(parsed.config, SweepConfig, overrides=tuple(parsed.overrides))
-    if parsed.show:
-        print(show_config(config), end="")
+    config = _config(parsed, SweepConfig, overrides=parsed.overrides)
+    if config is None:
         return 0
     from sci_launch.local import WorkerFailure
     from sci_launch.sweep import sweep
@@ -280,12 +277,12 @@ def _fit(parsed: argparse.Namespace) -> int:
 
 
 def _transfer(parsed: argparse.Namespace) -> int:
-    from sci_gpt.config import PretrainConfig, load_config, show_config
+    from sci_gpt.config import PretrainConfig
+    from sci_gpt.config_file import load_config
     from sci_gpt.recipes.studies import TransferConfig
 
-    config = load_config(parsed.config, TransferConfig, overrides=tuple(parsed.overrides))
-    if parsed.show:
-        print(show_config(config), end="")
+    config = _config(parsed, TransferConfig, overrides=parsed.overrides)
+    if config is None:
         return 0
     from sci_evals.transfer import transfer
 
@@ -350,9 +347,9 @@ COMMANDS: dict[str, Command] = {
         run=_finetune,
     ),
     "plan": Command(
-        summary="parameters, tokens per step and memory per process of a run, before it starts",
+        summary="parameters, memory, tokens and bytes to read per second of a run, before it starts",
         example="sci-gpt plan configs/pretrain/quickstart.yaml --json",
-        arguments=arguments.config_and_json,
+        arguments=arguments.plan_arguments,
         run=_plan,
     ),
     "launch": Command(

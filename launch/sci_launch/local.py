@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import SciGptError
 from sci_gpt.parallel.worker import PARENT_VARIABLE, RENDEZVOUS_VARIABLE, read_refusal

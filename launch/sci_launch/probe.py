@@ -39,9 +39,9 @@ def tracking(uri: str) -> dict[str, Any]:
 def package_data(path: str) -> dict[str, Any]:
     """How many files of a data configuration are in installed packages, and what of them is missing."""
     settings = importlib.import_module("sci_gpt.data.source")
-    config = importlib.import_module("sci_gpt.config")
+    config, files_of = importlib.import_module("sci_gpt.config"), importlib.import_module("sci_gpt.config_file")
     missing, files = [], 0
-    for source in config.load_config(Path(path), config.DataConfig).sources:
+    for source in files_of.load_config(Path(path), config.DataConfig).sources:
         if source.package is None:
             continue
         facts = {name: getattr(source, name) for name in ("name", "reader", "modality", "package", "files")}

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sci_gpt.config import PretrainConfig, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes import parts

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sci_gpt.config import PretrainConfig, load_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config
 from sci_gpt.errors import ConfigError, SciGptError
 from sci_gpt.train.run_folder import read_complete
 

@@ -16,7 +16,8 @@ from sci_evals.fit_report import describe, write_fit
 from sci_evals.law_fit import fit
 from sci_evals.scaling_points import read_points
 from sci_evals.sweep_plot import draw_sweep
-from sci_gpt.config import PretrainConfig, load_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_gpt.recipes import parts

@@ -14,7 +14,8 @@ import obspy
 import pandas as pd
 import xarray as xr
 
-from sci_gpt.config import PretrainConfig, load_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config
 from sci_gpt.errors import DataError, SciGptError
 from sci_launch import cli
 

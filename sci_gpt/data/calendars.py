@@ -28,6 +28,10 @@ class Clock:
     year_phase: np.ndarray
     day_phase: np.ndarray
 
+    def cut(self, times: slice) -> Clock:
+        """The clock of some of its times."""
+        return Clock(time=self.time[times], year_phase=self.year_phase[times], day_phase=self.day_phase[times])
+
 
 def posix_clock(seconds: np.ndarray) -> Clock:
     """The clock of real UTC times, given as seconds since 1970 (float64)."""

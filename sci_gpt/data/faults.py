@@ -50,6 +50,11 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (OSError, EOFError)) or any(kind.__module__.split(".")[0] in REMOTE for kind in kinds)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, without what differs from window to window."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else f"{str(error) or type(error).__name__}"
+
+
 def cause_of(error: Exception) -> str:
     """File and cause of a read that failed, without the window: what a summary counts by."""
     if isinstance(error, UnreadableError):

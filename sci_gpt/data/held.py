@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,15 @@ class Held:
 
     splits: Mapping[str, Sequence[Sample]]
 
-    def stretches(self, source: str, split: str) -> np.ndarray:
-        """A record per stretch with its `num_times`; empty where the split has none."""
-        lengths = [(sample.num_times,) for sample in self.splits.get(split, ()) if sample.source == source]
-        return np.array(lengths, _RECORD)
+    def shards(self, source: str, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """One shard of all stretches."""
+        yield self.shard(source, split, number=0)
 
-    def spans(self, source: str, split: str) -> np.ndarray:
-        """None: what a user hands over is used as it is."""
-        return np.zeros(0, SPAN)
+    def shard(self, source: str, split: str, *, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A record per stretch with its `num_times`, empty where the split has none; no spans: what a user hands over
+        is used as it is. There is one shard, number 0."""
+        lengths = [(sample.num_times,) for sample in self.splits.get(split, ()) if sample.source == source]
+        return np.array(lengths, _RECORD), np.zeros(0, SPAN)
 
     def read(self, source: str, split: str, *, index: int, start: int, stop: int) -> Sample:
         """The times [start, stop) of a stretch (views, no copy)."""

@@ -9,8 +9,9 @@ Two records that merely share a season, a tide or a day differ by more than that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +32,9 @@ MOST_LEFT = 0.5  # of the autoregression's error; among 45,000 windows of the qu
 LEAST_SURPRISES = 32.0  # values that the error is spread over: one spike fits every other spike
 LEAST_SURPRISE = 1e-3  # of the deviation: a channel that is predicted entirely (a tide, the sun) says nothing
 MOST_ORDER, MOST_FITTED = 32, 4096  # of the autoregression, where there are enough times; times it is fitted to
+MOST_LOOKED_UP = (
+    20_000  # held-out windows per split and scale, evenly spread over it: a lookup among a million takes 1 ms
+)
 MOST_LAGS = 32  # judged for two tracks, those with most windows alike first: whatever repeats itself is alike at many
 _BASIS = dct(np.eye(2 * HALF + 1), norm="ortho", axis=0)[1 : COEFFICIENTS + 1].T
 
@@ -65,8 +69,9 @@ class NearDuplicates:
     """Takes pieces in and refuses what stands nearly identical in two splits.
 
     Time and memory grow with the data: of each time up to CELLS values per channel are kept. A common stretch of about
-    100 times is found (fewer in a grid, where cells stand for times), one of fewer than LEAST_VALUES values or half of
-    LEAST_TIMES never. Two pieces with several channels in common are one record only if most of those that can be
+    100 times is found (fewer in a grid, where cells stand for times; longer ones where a split has more windows than
+    MOST_LOOKED_UP, of which only so many are looked up), one of fewer than LEAST_VALUES values or half of LEAST_TIMES
+    never. Two pieces with several channels in common are one record only if most of those that can be
     judged agree: climate models with the same carbon dioxide are not.
     """
 
@@ -87,6 +92,50 @@ class NearDuplicates:
                     marks = _Marks(track=number, windows=windows, places=places)
                     self._marks.setdefault((split, scale), []).append(marks)
         self._pieces.append((sample.key, split))
+
+    def merge(self, other: NearDuplicates) -> None:
+        """Take in what another process has seen."""
+        pieces, tracks = len(self._pieces), len(self._tracks)
+        self._pieces.extend(other._pieces)
+        self._tracks.extend(replace(track, piece=track.piece + pieces) for track in other._tracks)
+        for key, rows in other._marks.items():
+            self._marks.setdefault(key, []).extend(replace(row, track=row.track + tracks) for row in rows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything but the pieces' names as arrays, for `of_arrays`."""
+        tracks, marks = self._tracks, [(key, row) for key, rows in self._marks.items() for row in rows]
+        said = {
+            "channels": [track.channel for track in tracks],
+            "marks": [[split, scale, row.track, len(row.places)] for (split, scale), row in marks],
+        }
+        windows = [row.windows for _, row in marks]
+        return {
+            "near": np.frombuffer(json.dumps(said).encode(), np.uint8),
+            "track_pieces": np.array([track.piece for track in tracks], np.int64),
+            "track_shapes": np.array([track.values.shape for track in tracks], np.int64).reshape(-1, 2),
+            "track_values": np.concatenate([*(track.values.ravel() for track in tracks), np.zeros(0, np.float32)]),
+            "windows": np.concatenate([*windows, np.zeros((0, COEFFICIENTS))]),
+            "places": np.concatenate([*(row.places for _, row in marks), np.zeros(0, np.int64)]),
+        }
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], pieces: Sequence[tuple[str, str]]) -> NearDuplicates:
+        """What `arrays` gave, with the (key, split) of its pieces."""
+        said, shapes = json.loads(arrays["near"].tobytes()), arrays["track_shapes"]
+        values = np.split(arrays["track_values"], np.cumsum(shapes.prod(axis=1)))[: len(shapes)]
+        tracks = [
+            _Track(piece=int(piece), channel=channel, values=flat.reshape(shape))
+            for piece, channel, flat, shape in zip(
+                arrays["track_pieces"], said["channels"], values, shapes.tolist(), strict=True
+            )
+        ]
+        found = cls(_pieces=list(pieces), _tracks=tracks)
+        ends = np.cumsum([0, *(count for *_, count in said["marks"])]).tolist()
+        windows, places = arrays["windows"], arrays["places"]
+        for (split, scale, track, _), start, stop in zip(said["marks"], ends[:-1], ends[1:], strict=True):
+            marks = _Marks(track=track, windows=windows[start:stop], places=places[start:stop])
+            found._marks.setdefault((split, scale), []).append(marks)
+        return found
 
     def check(self) -> None:
         """Compare test with training and validation, and validation with training.
@@ -115,14 +164,16 @@ class NearDuplicates:
         tree = cKDTree(np.concatenate([marks.windows for marks in there]))
         places = np.concatenate([marks.places for marks in there])
         tracks = np.repeat([marks.track for marks in there], [len(marks.places) for marks in there])
+        step, first = -(-sum(len(marks.places) for marks in here) // MOST_LOOKED_UP), 0
         for marks in here:
             cells = self._tracks[marks.track].values.shape[1]
-            distance, found = tree.query(marks.windows, k=NEIGHBOURS, distance_upper_bound=RADIUS)
+            mine, first = slice(first, None, step), (first - len(marks.places)) % step
+            distance, found = tree.query(marks.windows[mine], k=NEIGHBOURS, distance_upper_bound=RADIUS)
             for row, column in zip(*np.nonzero(np.isfinite(distance)), strict=True):
-                other = found[row, column]
-                lag, rest = divmod(int(places[other] - marks.places[row]), cells)
+                other, place = found[row, column], int(marks.places[mine][row])
+                lag, rest = divmod(int(places[other]) - place, cells)
                 if rest == 0 and self._tracks[tracks[other]].values.shape[1] == cells:
-                    yield (marks.track, int(tracks[other]), lag), int(marks.places[row])
+                    yield (marks.track, int(tracks[other]), lag), place
 
     def _judge(self, here: int, there: int, *, lag: int, places: list[tuple[int, int]]) -> None:
         """Refuse two tracks that are one record where windows are alike: time t of the one is t + lag of the other."""

@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 PERIOD = 65536
-_ROUNDS = 4
+_STEPS = tuple(0x9E3779B97F4A7C15 * number for number in range(1, 5))  # of splitmix64, one per round
+_BITS = 0xFFFFFFFFFFFFFFFF
+_KEYS = 4096  # kept: a block's windows share a key
 
 
 def keyed(seed: int, *words: object) -> int:
     """A 64-bit key for (seed, words): the only source of randomness of a run."""
     digest = hashlib.blake2b(repr((seed, *words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+@lru_cache(maxsize=_KEYS)
+def _permutation_key(seed: int, name: str, *numbers: int) -> int:
+    return keyed(seed, name, *numbers)
 
 
 def permute(position: int, size: int, *, key: int, inverse: bool = False) -> int:
@@ -34,27 +41,29 @@ def permute(position: int, size: int, *, key: int, inverse: bool = False) -> int
     """
     if not 0 <= position < size:
         raise ValueError(f"position {position} is not in a permutation of {size}")
+    if size == 1:
+        return 0
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     value = position
     while True:
         left, right = value >> half, value & mask
         if inverse:
-            for round_number in reversed(range(_ROUNDS)):
-                left, right = right ^ (_mix(left ^ key, round_number) & mask), left
+            for step in reversed(_STEPS):
+                left, right = right ^ (_mix(left ^ key, step) & mask), left
         else:
-            for round_number in range(_ROUNDS):
-                left, right = right, left ^ (_mix(right ^ key, round_number) & mask)
+            for step in _STEPS:
+                left, right = right, left ^ (_mix(right ^ key, step) & mask)
         value = left << half | right
         if value < size:
             return value
 
 
-def _mix(value: int, round_number: int) -> int:
+def _mix(value: int, step: int) -> int:
     """splitmix64's finalizer (Steele et al. 2014), as the round function."""
-    z = (value + 0x9E3779B97F4A7C15 * (round_number + 1)) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    z = (value + step) & _BITS
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _BITS
     return z ^ (z >> 31)
 
 
@@ -160,7 +169,7 @@ class Order:
         size, name = self.sizes[source], self.names[source]
         blocks = -(-size // self.block)
         tail = size - (blocks - 1) * self.block
-        key = keyed(self.seed, name, epoch)
+        key = _permutation_key(self.seed, name, epoch)
         # The last block is shorter: where the permuted order puts it decides which block `place` falls in.
         visit = permute(blocks - 1, blocks, key=key, inverse=True)
         if place < visit * self.block:
@@ -172,4 +181,4 @@ class Order:
             slot += 1
         chosen = permute(slot, blocks, key=key)
         length = tail if chosen == blocks - 1 else self.block
-        return chosen * self.block + permute(inside, length, key=keyed(self.seed, name, epoch, chosen))
+        return chosen * self.block + permute(inside, length, key=_permutation_key(self.seed, name, epoch, chosen))

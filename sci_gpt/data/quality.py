@@ -18,6 +18,9 @@ SPAN = np.dtype([("stretch", "<i4"), ("rule", "u1"), ("start", "<i8"), ("stop", 
 LEAST_TIMES = 8  # of a span that is missing or constant; shorter ones are not noted
 CLIPPED_TIMES = 5  # equal values in a row at a record's own extreme: a recorder that has reached its limit
 LEAST_LEVELS = 64  # distinct values of a record whose extremes mean something; a quiet one has a handful of counts
+CLIPPED_STEP = (
+    2  # finest steps of the record; beside the round top of a slow wave it moves by fewer, beside a cut one by more
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ RULES = (
     Rule(
         name="clipped",
         share=0.01,
-        what=f"waveforms: 1 % of the times or more in runs of {CLIPPED_TIMES} equal values at the record's extreme",
+        what=f"waveforms: 1 % of the times or more touched by runs of {CLIPPED_TIMES} equal raw values at the record's "
+        "extreme",
     ),
     Rule(name="out_of_range", share=0.0, what="a value outside the variable table's valid range"),
 )
@@ -54,8 +58,19 @@ def find_spans(sample: Sample) -> list[tuple[int, int, int]]:
     found = [(0, start, stop) for start, stop in runs(unknown) if stop - start >= LEAST_TIMES]
     found += [(1, start, stop) for start, stop in _constant(sample)]
     if sample.modality == "trace":
-        found += [(2, start, stop) for start, stop in runs(_clipped(sample))]
+        # The reader's verdict on the raw record where there is one: filtered values show no flat top.
+        flags = _clipped(sample) if sample.clipped is None else sample.clipped
+        found += [(2, start, stop) for start, stop in runs(flags)]
     found += [(3, start, stop) for start, stop in runs(_out_of_range(sample))]
+    return found
+
+
+def count_spans(spans: np.ndarray) -> dict[str, dict[str, int]]:
+    """{rule: {"spans", "times"}} of spans (dtype SPAN)."""
+    found = {}
+    for number, rule in enumerate(RULES):
+        mine = spans[spans["rule"] == number]
+        found[rule.name] = {"spans": len(mine), "times": int((mine["stop"] - mine["start"]).sum())}
     return found
 
 
@@ -71,7 +86,11 @@ def left_out(spans: np.ndarray, *, num_times: int, need: int, step: int) -> np.n
     Returns:
         int8 (window,): number of the first rule in RULES that leaves it out, -1 where none does.
     """
-    starts = np.arange(max((num_times - need) // step + 1, 0)) * step
+    return judged(spans, np.arange(max((num_times - need) // step + 1, 0)) * step, need=need)
+
+
+def judged(spans: np.ndarray, starts: np.ndarray, *, need: int) -> np.ndarray:
+    """As `left_out`, for the windows of `need` times that begin at `starts`, int (window,)."""
     verdict = np.full(len(starts), -1, np.int8)
     for number, rule in reversed(list(enumerate(RULES))):
         mine = spans[spans["rule"] == number]
@@ -86,6 +105,35 @@ def left_out(spans: np.ndarray, *, num_times: int, need: int, step: int) -> np.n
         most = rule.share * (end - begin)
         verdict[(overlap > 0) & (overlap >= most)] = number
     return verdict
+
+
+def at_limit(record: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where one component's record stays at its own largest or smallest value as a recorder at its limit does.
+
+    A run of CLIPPED_TIMES equal values, beside which the record moves by more than CLIPPED_STEP of its finest steps: a
+    slow wave that is rounded to counts stays at its top too, but comes and goes by one count at a time.
+
+    Args:
+        record: (samples,), as raw as there is: filtering takes flat tops away.
+        known: bool (samples,); a run ends where a value is missing.
+
+    Returns:
+        bool (samples,).
+    """
+    flags = np.zeros(len(record), bool)
+    levels = np.unique(record[known])
+    if len(levels) < LEAST_LEVELS:
+        return flags
+    least = CLIPPED_STEP * float(np.diff(levels).min())
+    for limit in (levels[0], levels[-1]):
+        for start, stop in runs(known & (record == limit)):
+            if stop - start < CLIPPED_TIMES:
+                continue
+            beside = (slice(max(start - 2, 0), start + 1), slice(stop - 1, stop + 2))  # with two values outside each
+            steps = [np.abs(np.diff(record[part][known[part]].astype(np.float64))) for part in beside]
+            if np.concatenate(steps).max(initial=0.0) > least:
+                flags[start:stop] = True
+    return flags
 
 
 def runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -116,17 +164,11 @@ def _unchanged(values: np.ndarray, valid: np.ndarray, *, first: int) -> Iterator
 
 
 def _clipped(sample: Sample) -> np.ndarray:
-    """Times at which some component stays at the largest or smallest value of its record."""
+    """Times at which some component stays at the limit of its record, as far as the sample's own values show it."""
     flags = np.zeros(sample.num_times, bool)
     values, valid = sample.values.reshape(len(flags), -1), sample.valid.reshape(len(flags), -1)
     for column, known in zip(values.T, valid.T, strict=True):
-        if not known.any():
-            continue
-        low, high = column[known].min(), column[known].max()
-        for limit in (low, high):
-            for start, stop in runs(known & (column == limit)):
-                if stop - start >= CLIPPED_TIMES and len(np.unique(column[known])) >= LEAST_LEVELS:
-                    flags[start:stop] = True
+        flags |= at_limit(column, known)
     return flags
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,14 @@ class Station:
     latitude: float = float("nan")
     longitude: float = float("nan")
     elevation: float = float("nan")
+
+
+def unpacked(raw: np.ndarray, *, fills: Iterable[float], scale: float, offset: float) -> np.ndarray:
+    """float64 raw * scale + offset, NaN where a stored value is one of the `fills` (CF section 8.1)."""
+    values = raw.astype(np.float64)
+    for fill in fills:
+        values[raw == fill] = np.nan
+    return values * scale + offset
 
 
 def in_range(values: np.ndarray, variable: str) -> np.ndarray:

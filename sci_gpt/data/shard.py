@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import ast
-import io
-import os
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
+import google_crc32c
 import numpy as np
 
+from sci_gpt.data.addresses import Address, LocalFile, RemotePath
 from sci_gpt.data.faults import DamagedError, UnreadableError
-from sci_gpt.errors import DataError
 
 BLOCK_BYTES = (
-    16384  # of a member's data have one CRC-32; a window reads whole blocks, a disk or an object store no less
+    16384  # of a member's data have one CRC-32C; a window reads whole blocks, a disk or an object store no less
 )
 KEY = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)+")
 MEMBERS = ("values", "valid", "time", "place")  # arrays of a stretch, each KEY.NAME.npy; beside them KEY.meta.json
@@ -32,7 +28,7 @@ _MOST_NAME, _MOST_JSON, _NPY_BYTES = 1024, 65536, 1024
 class RefusedError(UnreadableError):
     """A shard that holds what our writer never makes; nothing of it is read."""
 
-    def __init__(self, path: Path, why: str) -> None:
+    def __init__(self, path: Address, why: str) -> None:
         super().__init__("refused", file=str(path), cause=why)
 
 
@@ -46,46 +42,59 @@ class Member:
 
 
 class Shard:
-    """An open shard: ranged reads, nothing else. Every member was looked at when it was opened; no data were.
+    """An open shard: ranged reads, nothing else.
 
     Args:
         path: the tar.
         index_bytes: its length by the store's index.
 
+    Attributes:
+        torn: why the shard could not be looked through to its end, empty where it could.
+
     Raises:
         OSError: it cannot be opened.
-        RefusedError: a member that is no plain file, has another name than the writer gives, claims more bytes than the
-            shard has, holds Python objects, or is packed; or a file that is no plain tar.
     """
 
-    def __init__(self, path: Path, *, index_bytes: int) -> None:
-        self.path, self.index_bytes = path, index_bytes
-        self._file = io.FileIO(path)  # closed when the last reader of it is gone, in whatever thread
-        self.torn = ""  # why the shard could not be looked through to its end, empty where it could
-        self.members = dict(self._walk())
+    def __init__(self, path: Address, *, index_bytes: int) -> None:
+        self.path, self.index_bytes, self.torn = path, index_bytes, ""
+        self._file = path if isinstance(path, RemotePath) else LocalFile(path)
 
     def read(self, offset: int, *, size: int) -> bytes:
-        """Bytes [offset, offset + size).
+        """Bytes [offset, offset + size): one read or request.
 
         Raises:
-            OSError: they lack, or the disk fails.
+            OSError, or an error of a remote library: they lack, or the disk or the server fails.
         """
-        raw = os.pread(self._file.fileno(), size, offset)
+        raw = self._file.read(offset, size=size)
         if len(raw) != size:
             raise DamagedError(f"{size} bytes at {offset} expected, the shard holds {len(raw)}")
         return raw
 
-    def _walk(self) -> Iterator[tuple[str, Member]]:
+    def members(self) -> dict[str, Member] | None:
+        """Every array, as far as the shard is whole: every member is looked at, no data are.
+
+        Of a shard behind a URL None: that would be a request per member. Nothing of its tar is then parsed; what is
+        read of it are the bytes that its records name and whose checksums stand beside it.
+
+        Raises:
+            RefusedError: a member that is no plain file, has another name than the writer gives, claims more bytes than
+                the shard has, holds Python objects, or is packed; or a file that is no plain tar.
+        """
+        return None if isinstance(self._file, RemotePath) else dict(self._walk(self._file))
+
+    def _walk(self, file: LocalFile) -> Iterator[tuple[str, Member]]:
         """(name, member) of every array, as far as the shard is whole."""
         offset, name, seen = 0, "", set[str]()
-        length = os.fstat(self._file.fileno()).st_size
+        length = file.size()
         while offset + _HEADER <= length:
-            raw = os.pread(self._file.fileno(), _HEADER + _NPY_BYTES, offset)
+            raw = file.read(offset, size=_HEADER + _NPY_BYTES)
             if raw[:_HEADER] == bytes(_HEADER):
                 return  # a tar ends with empty blocks
             entry = self._entry(raw[:_HEADER], offset)
             if entry is None:
                 return
+            if entry.size < 0:
+                raise RefusedError(self.path, f"a member at {offset} claims {entry.size} bytes")
             if entry.type == tarfile.GNUTYPE_LONGNAME:
                 if entry.size > _MOST_NAME:
                     raise RefusedError(self.path, f"a member's name claims {entry.size} bytes")
@@ -167,21 +176,5 @@ def _described(header: bytes) -> tuple[str, tuple[int, ...]] | None:
 
 
 def block_sums(data: bytes | memoryview) -> list[int]:
-    """CRC-32 of every BLOCK_BYTES of a member's data."""
-    view = memoryview(data)
-    return [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, len(view), BLOCK_BYTES)]
-
-
-def load_table(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    """A fixed-width table beside a shard, memory-mapped.
-
-    Raises:
-        DataError: it is missing, torn, or a table of something else (never unpickled).
-    """
-    try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}; build the store again") from error
-    if table.dtype != dtype or table.ndim != 1:
-        raise DataError(f"{path}: expected a table of {dtype}, got {table.dtype} {table.shape}; build the store again")
-    return table
+    """CRC-32C of every BLOCK_BYTES of a member's data: processors compute it themselves, zlib's CRC-32 takes longer."""
+    return [google_crc32c.value(bytes(data[start : start + BLOCK_BYTES])) for start in range(0, len(data), BLOCK_BYTES)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ class SourceSettings:
         package: import name of the installed package that `files` are in; None: files are on disk.
         files: paths or globs; `OTHER:path` looks in the installed package OTHER.
         options: the reader's own (each reader lists them in `options`).
+        stretch_bytes: of a stretch's values as float32, at most, where a reader can cut in time.
     """
 
     name: str
@@ -45,6 +48,7 @@ class SourceSettings:
     package: str | None = None
     files: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    stretch_bytes: int = 32_000_000
 
     @property
     def where(self) -> str:
@@ -52,8 +56,25 @@ class SourceSettings:
         return f"source {self.name!r}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of a source that can be read by itself: nothing of it depends on who reads the other pieces, or when.
+
+    Attributes:
+        name: for messages, without the source.
+        select: what the reader needs to find it again.
+        bytes: about what its samples' values take as float32; memory and shards are planned by it.
+    """
+
+    name: str
+    select: Mapping[str, Any]
+    bytes: int
+
+
 class Source(Protocol):
     """Reads the archives of one source into samples. One class per kind of archive; a row of `sources.SOURCES`.
+
+    A source is read part by part, by as many processes as there are; the store holds the parts' samples in their order.
 
     Rules that the contract tests check for every row of the table: the same files give the same samples; altering raw
     data after time t changes no value before t by one bit; values are in the variable table's units; what the archive
@@ -70,17 +91,30 @@ class Source(Protocol):
     options: ClassVar[Mapping[str, str]]
     required: ClassVar[tuple[str, ...]]
 
-    def read(self, settings: SourceSettings) -> Iterator[Sample]:
-        """Whole stretches, before splitting: contiguous in time, missing times kept with valid=False.
+    def parts(self, settings: SourceSettings) -> list[Part]:
+        """All parts, in an order that depends on the files and the settings alone; only what is needed to plan is read.
 
         Raises:
             DataError: a file, variable or unit that cannot be used; the message names it.
         """
         ...
 
+    def read(self, settings: SourceSettings, part: Part) -> Iterator[Sample]:
+        """Whole stretches of a part, before splitting: contiguous in time, missing times kept with valid=False.
+
+        Raises:
+            DataError: as `parts`.
+        """
+        ...
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group, which counts as one file."""
+    return any((path / name).is_file() for name in (".zgroup", "zarr.json"))
+
 
 def locate(settings: SourceSettings) -> list[Path]:
-    """The source's files, sorted within each pattern.
+    """The source's files (a Zarr store is one, though a folder), sorted within each pattern.
 
     Raises:
         DataError: a package that is not installed (the extra is named), or a pattern that no file matches.
@@ -92,7 +126,7 @@ def locate(settings: SourceSettings) -> list[Path]:
             package, inner = settings.package or "", pattern
         root = package_folder(package, settings.where) if package else Path()
         matches = sorted(glob.glob(str(root / inner), recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        files = [path for path in map(Path, matches) if path.is_file() or is_zarr(path)]
         if not files:
             inside = f" in package {package!r}" if package else ""
             raise DataError(f"{settings.where}: no file matches {inner!r}{inside}; correct `files`")
@@ -116,11 +150,13 @@ def package_folder(package: str, where: str) -> Path:
 
 
 def digest(files: list[Path]) -> dict[str, str]:
-    """SHA-256 of each file's content, by file name (with its folder where two share a name)."""
-    names = [file.name for file in files]
+    """SHA-256 of each file's content, by file name (where two share a name, by the path within their common folder)."""
+    shared = Counter(file.name for file in files)
+    whole = [file.resolve() for file in files]
+    common = Path(os.path.commonpath([path.parent for path in whole])) if whole else Path()
     rows = {}
-    for file in files:
-        name = file.name if names.count(file.name) == 1 else f"{file.parent.name}/{file.name}"
+    for file, path in zip(files, whole, strict=True):
+        name = file.name if shared[file.name] == 1 else str(path.relative_to(common))
         with file.open("rb") as content:
             rows[name] = hashlib.file_digest(content, "sha256").hexdigest()
     return rows

@@ -11,9 +11,9 @@ import netCDF4
 import numpy as np
 
 from sci_gpt.data.calendars import clock
+from sci_gpt.data.cf_grid import slug
 from sci_gpt.data.series_sample import Station, converted, in_range, regular_samples
-from sci_gpt.data.source import SourceSettings, locate
-from sci_gpt.data.source_grid import slug
+from sci_gpt.data.source import Part, SourceSettings, locate
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 
@@ -47,25 +47,46 @@ class NetcdfColumnSeries:
     }
     required: ClassVar[tuple[str, ...]] = ("variable", "name", "levels")
 
-    def read(self, settings: SourceSettings) -> Iterator[Sample]:
-        """See `Source.read`."""
-        groups: dict[str, list[_Column]] = {}
+    def parts(self, settings: SourceSettings) -> list[Part]:
+        """See `Source.parts`: a group's files each."""
+        groups: dict[str, list[Path]] = {}
         for path in locate(settings):
-            column = _read_column(path, settings)
-            groups.setdefault(column.group, []).append(column)
+            with _opened(path) as file:
+                groups.setdefault(_group(file, settings, path=path), []).append(path)
         excluded = [str(name) for name in settings.options.get("exclude", ())]
         for name in excluded:
             if name not in groups:
                 raise DataError(f"{settings.where}: option exclude names {name!r}; the files hold {', '.join(groups)}")
-        for group, columns in groups.items():
-            if group not in excluded:
-                yield from _samples(sorted(columns, key=lambda column: float(column.days[0])), settings)
+        return [
+            Part(name=group, select={"paths": paths}, bytes=sum(path.stat().st_size for path in paths))
+            for group, paths in groups.items()
+            if group not in excluded
+        ]
+
+    def read(self, settings: SourceSettings, part: Part) -> Iterator[Sample]:
+        """See `Source.read`."""
+        columns = [_read_column(path, settings) for path in part.select["paths"]]
+        yield from _samples(sorted(columns, key=lambda column: float(column.days[0])), settings)
+
+
+def _opened(path: Path) -> netCDF4.Dataset:
+    try:
+        return netCDF4.Dataset(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as a column on levels: {error}") from error
+
+
+def _group(file: netCDF4.Dataset, settings: SourceSettings, *, path: Path) -> str:
+    attribute = str(settings.options.get("group_by", "source_id"))
+    if attribute not in file.ncattrs():
+        raise DataError(f"{path}: no global attribute {attribute!r}; name another in option group_by")
+    return slug(str(file.getncattr(attribute)))
 
 
 def _read_column(path: Path, settings: SourceSettings) -> _Column:
     options = settings.options
     try:
-        with netCDF4.Dataset(path) as file:
+        with _opened(path) as file:
             # Raw numbers: undeclared fill values differ from file to file, the valid range finds them all.
             file.set_auto_mask(False)
             if options["variable"] not in file.variables:
@@ -78,10 +99,7 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
                     f"{path}: {variable.name} has dimensions {variable.dimensions}, expected (time, level, y, x)"
                 )
             axis, level, y, x = (file[name] for name in variable.dimensions)
-            attribute = str(options.get("group_by", "source_id"))
-            if attribute not in file.ncattrs():
-                raise DataError(f"{path}: no global attribute {attribute!r}; name another in option group_by")
-            rows = _level_rows(np.asarray(level[:], np.float64), options["levels"], where=str(path))
+            rows = level_rows(np.asarray(level[:], np.float64), options["levels"], where=str(path))
             values = converted(
                 np.asarray(variable[:], np.float64)[:, rows],
                 str(variable.units),
@@ -93,7 +111,7 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
             if not unit.startswith("days since"):
                 raise DataError(f"{path}: time has units {unit!r}, expected 'days since ...'")
             return _Column(
-                group=slug(str(file.getncattr(attribute))),
+                group=_group(file, settings, path=path),
                 means=_box_means(values, weights, name=str(options["name"])),
                 days=_known_at(file, axis, averaged="mean" in str(getattr(variable, "cell_methods", ""))),
                 units=unit,
@@ -105,7 +123,12 @@ def _read_column(path: Path, settings: SourceSettings) -> _Column:
         raise DataError(f"{path} cannot be read as a column on levels: {error}") from error
 
 
-def _level_rows(levels: np.ndarray, wanted: Any, *, where: str) -> list[int]:
+def level_rows(levels: np.ndarray, wanted: Any, *, where: str) -> list[int]:
+    """Numbers of the wanted levels (one, or a list) among `levels`, in the same unit.
+
+    Raises:
+        DataError: a level that is not there; those that are there are listed.
+    """
     rows = []
     for level in wanted if isinstance(wanted, list | tuple) else [wanted]:
         near = int(np.abs(levels - float(level)).argmin())

@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from sci_gpt.data.calendars import posix_clock
+from sci_gpt.data.cf_grid import slug
 from sci_gpt.data.series_sample import Station, converted, regular_samples
-from sci_gpt.data.source import SourceSettings, locate
-from sci_gpt.data.source_grid import slug
+from sci_gpt.data.source import Part, SourceSettings, locate
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 
@@ -52,34 +52,44 @@ class GhcnDaily:
     }
     required: ClassVar[tuple[str, ...]] = ()
 
-    def read(self, settings: SourceSettings) -> Iterator[Sample]:
-        """See `Source.read`."""
-        elements = [str(name) for name in settings.options.get("elements", ("TMAX", "TMIN", "PRCP"))]
-        for name in elements:
+    def parts(self, settings: SourceSettings) -> list[Part]:
+        """See `Source.parts`: a station's file each."""
+        for name in _elements(settings):
             if name not in ELEMENTS:
                 raise DataError(f"{settings.where}: element {name!r} is none of {', '.join(ELEMENTS)}")
-        for path in locate(settings):
-            table = read_dly(path)
-            columns = []
-            for name in elements:
-                variable, unit, scale = ELEMENTS[name]
-                if name not in table.values:
-                    raise DataError(f"{path}: no element {name!r}; the file has {', '.join(table.values)}")
-                columns.append(converted(table.values[name] * scale, unit, variable=variable, where=f"{path}, {name}"))
-            place = settings.options.get("stations", {}).get(table.station, {})
-            station = Station(
-                key=f"{settings.name}/{slug(table.station)}",
-                source=settings.name,
-                variables=tuple(ELEMENTS[name][0] for name in elements),
-                levels=(float("nan"),) * len(elements),
-                step_seconds=86400.0,
-                max_gap_steps=int(settings.options.get("max_gap_steps", 100)),
-                **{part: float(place.get(part, "nan")) for part in ("latitude", "longitude", "elevation")},
-            )
-            days = np.arange(len(columns[0])) + table.first_day
-            # Totals and extremes of a day are known when it is over.
-            seconds = (days + 1) * 86400.0 - float(settings.options.get("utc_offset_hours", 0.0)) * 3600.0
-            yield from regular_samples(station, days, values=np.stack(columns, axis=1), clock=posix_clock(seconds))
+        # A day of an element takes eight characters.
+        return [
+            Part(name=path.name, select={"path": path}, bytes=path.stat().st_size // 2) for path in locate(settings)
+        ]
+
+    def read(self, settings: SourceSettings, part: Part) -> Iterator[Sample]:
+        """See `Source.read`."""
+        path, elements = part.select["path"], _elements(settings)
+        table = read_dly(path)
+        columns = []
+        for name in elements:
+            variable, unit, scale = ELEMENTS[name]
+            if name not in table.values:
+                raise DataError(f"{path}: no element {name!r}; the file has {', '.join(table.values)}")
+            columns.append(converted(table.values[name] * scale, unit, variable=variable, where=f"{path}, {name}"))
+        place = settings.options.get("stations", {}).get(table.station, {})
+        station = Station(
+            key=f"{settings.name}/{slug(table.station)}",
+            source=settings.name,
+            variables=tuple(ELEMENTS[name][0] for name in elements),
+            levels=(float("nan"),) * len(elements),
+            step_seconds=86400.0,
+            max_gap_steps=int(settings.options.get("max_gap_steps", 100)),
+            **{axis: float(place.get(axis, "nan")) for axis in ("latitude", "longitude", "elevation")},
+        )
+        days = np.arange(len(columns[0])) + table.first_day
+        # Totals and extremes of a day are known when it is over.
+        seconds = (days + 1) * 86400.0 - float(settings.options.get("utc_offset_hours", 0.0)) * 3600.0
+        yield from regular_samples(station, days, values=np.stack(columns, axis=1), clock=posix_clock(seconds))
+
+
+def _elements(settings: SourceSettings) -> list[str]:
+    return [str(name) for name in settings.options.get("elements", ("TMAX", "TMIN", "PRCP"))]
 
 
 def read_dly(path: Path) -> DlyTable:

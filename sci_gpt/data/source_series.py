@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from sci_gpt.data.calendars import posix_clock
+from sci_gpt.data.cf_grid import YEAR_SECONDS, slug
 from sci_gpt.data.series_sample import Station, converted, in_range, regular_samples
-from sci_gpt.data.source import SourceSettings, locate
-from sci_gpt.data.source_grid import YEAR_SECONDS, slug
+from sci_gpt.data.source import Part, SourceSettings, locate
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 
+_ROWS = 200_000  # of a table that is looked through in pieces
 _STEPS = {"hour": 3600.0, "day": 86400.0, "week": 7 * 86400.0}
 
 
@@ -42,10 +43,46 @@ class CsvSeries:
     }
     required: ClassVar[tuple[str, ...]] = ("columns", "step")
 
-    def read(self, settings: SourceSettings) -> Iterator[Sample]:
+    def parts(self, settings: SourceSettings) -> list[Part]:
+        """See `Source.parts`: files that share a station are one part, without stations all files."""
+        paths = locate(settings)
+        station = settings.options.get("station")
+        together: list[tuple[list[Path], set[str]]] = []
+        for path in paths:
+            here = _stations(path, settings) if station is not None and len(paths) > 1 else {""}
+            joined, apart = [path], []
+            for files, names in together:
+                if names & here:
+                    joined, here = files + joined, here | names
+                else:
+                    apart.append((files, names))
+            together = [*apart, (joined, here)]
+        # A value takes about eight characters. In the order of the files.
+        together.sort(key=lambda row: paths.index(row[0][0]))
+        return [
+            Part(
+                name=", ".join(path.name for path in files),
+                select={"paths": files},
+                bytes=sum(path.stat().st_size for path in files) // 2,
+            )
+            for files, _ in together
+        ]
+
+    def read(self, settings: SourceSettings, part: Part) -> Iterator[Sample]:
         """See `Source.read`."""
-        table = pd.concat([read_table(path, settings.options) for path in locate(settings)], ignore_index=True)
+        table = pd.concat([read_table(path, settings.options) for path in part.select["paths"]], ignore_index=True)
         yield from table_samples(table, settings)
+
+
+def _stations(path: Path, settings: SourceSettings) -> set[str]:
+    """The stations of a file, read in pieces."""
+    column = str(settings.options["station"])
+    found: set[str] = set()
+    for piece in _read_csv(path, settings.options, chunksize=_ROWS):
+        if column not in piece.columns:
+            raise DataError(f"{path}: no column {column!r}; the table has {', '.join(map(str, piece.columns))}")
+        found.update(piece[column].astype(str).unique())
+    return found
 
 
 def read_table(path: Path, options: Mapping[str, Any]) -> pd.DataFrame:
@@ -54,15 +91,22 @@ def read_table(path: Path, options: Mapping[str, Any]) -> pd.DataFrame:
     Raises:
         DataError: it cannot be read.
     """
+    return pd.concat(_read_csv(path, options), ignore_index=True)
+
+
+def _read_csv(path: Path, options: Mapping[str, Any], *, chunksize: int | None = None) -> Iterator[pd.DataFrame]:
+    """The CSV in pieces of `chunksize` rows, or whole."""
     try:
-        return pd.read_csv(
+        found = pd.read_csv(
             path,
             sep=str(options.get("separator", ",")),
             comment=options.get("comment"),
             skiprows=int(options.get("skip_rows", 0)),
             skipinitialspace=True,
             low_memory=False,
+            chunksize=chunksize,
         )
+        yield from [found] if isinstance(found, pd.DataFrame) else found
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise DataError(
             f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}; give a whole file"

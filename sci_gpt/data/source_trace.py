@@ -12,10 +12,11 @@ import numpy as np
 import obspy
 
 from sci_gpt.data.calendars import posix_clock
+from sci_gpt.data.cf_grid import slug
+from sci_gpt.data.quality import at_limit
 from sci_gpt.data.series_sample import converted
-from sci_gpt.data.source import SourceSettings, locate
-from sci_gpt.data.source_grid import slug
-from sci_gpt.data.waveforms import working_rate
+from sci_gpt.data.source import Part, SourceSettings, locate
+from sci_gpt.data.waveforms import flags_at_working_rate, working_rate
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 
@@ -43,13 +44,12 @@ class EventRecords:
     }
     required: ClassVar[tuple[str, ...]] = ("events",)
 
-    def read(self, settings: SourceSettings) -> Iterator[Sample]:
-        """See `Source.read`."""
+    def parts(self, settings: SourceSettings) -> list[Part]:
+        """See `Source.parts`: an event with all its records each."""
         paths = locate(settings)
         records = [path for path in paths if path.suffix.lower() != ".xml"]
         places = station_places([path for path in paths if path.suffix.lower() == ".xml"])
-        places.update(settings.options.get("stations", {}))
-        used: set[Path] = set()
+        parts, used = [], set[Path]()
         for event, row in settings.options["events"].items():
             names = [str(name) for name in row["files"]]
             chosen = [path for path in records if any(fnmatch.fnmatch(path.name, name) for name in names)]
@@ -59,15 +59,24 @@ class EventRecords:
                     f"{settings.where}: event {event!r} names record {lost[0]!r}, which is not among `files`"
                 )
             used.update(chosen)
-            stream = obspy.Stream()
-            for path in chosen:
-                stream += read_waveforms(path)
-            keep = [str(pattern) for pattern in row.get("channels", ("*",))]
-            stream.traces = [t for t in stream if any(fnmatch.fnmatch(t.stats.channel, pattern) for pattern in keep)]
-            yield from stream_samples(stream, settings, event=str(event), places=places)
+            # Packed samples take about one byte (Steim); a receiver that lacks components has them as missing.
+            size = 4 * sum(path.stat().st_size for path in chosen)
+            parts.append(Part(name=str(event), select={"event": event, "paths": chosen, "places": places}, bytes=size))
         idle = [path.name for path in records if path not in used]
         if idle:
             raise DataError(f"{settings.where}: record {idle[0]!r} belongs to no event in option events")
+        return parts
+
+    def read(self, settings: SourceSettings, part: Part) -> Iterator[Sample]:
+        """See `Source.read`."""
+        places = dict(part.select["places"]) | dict(settings.options.get("stations", {}))
+        stream = obspy.Stream()
+        for path in part.select["paths"]:
+            stream += read_waveforms(path)
+        row = settings.options["events"][part.select["event"]]
+        keep = [str(pattern) for pattern in row.get("channels", ("*",))]
+        stream.traces = [t for t in stream if any(fnmatch.fnmatch(t.stats.channel, pattern) for pattern in keep)]
+        yield from stream_samples(stream, settings, event=part.name, places=places)
 
 
 def read_waveforms(path: Path) -> obspy.Stream:
@@ -181,6 +190,7 @@ def _sample(pieces: dict[int, Any], settings: SourceSettings, *, key: str, place
     names = tuple(f"{quantity}_{component}" for component in COMPONENTS)
     first = next(iter(pieces.values())).stats
     high_pass = options.get("high_pass_hz")
+    target = float(options.get("target_hz", 10.0))
     columns, rate = {}, 1.0
     for component, trace in pieces.items():
         raw = converted(
@@ -189,10 +199,14 @@ def _sample(pieces: dict[int, Any], settings: SourceSettings, *, key: str, place
         columns[component], rate = working_rate(
             raw,
             float(trace.stats.sampling_rate),
-            target_hz=float(options.get("target_hz", 10.0)),
+            target_hz=target,
             high_pass_hz=None if high_pass is None else float(high_pass),
         )
     times = len(next(iter(columns.values())))
+    raw_rate = float(first.sampling_rate)
+    clipped = np.zeros(len(next(iter(pieces.values())).data), bool)
+    for trace in pieces.values():
+        clipped |= at_limit(trace.data, np.ones(len(trace.data), bool))  # before any filter
     values, valid = np.zeros((times, 3, 1, 1), np.float32), np.zeros((times, 3, 1, 1), bool)
     for component, column in columns.items():
         values[:, component, 0, 0] = column
@@ -210,6 +224,7 @@ def _sample(pieces: dict[int, Any], settings: SourceSettings, *, key: str, place
         year_phase=clock.year_phase,
         day_phase=clock.day_phase,
         step_seconds=1.0 / rate,
+        clipped=flags_at_working_rate(clipped, raw_rate, target_hz=target),
         **{
             name: np.full((1, 1), place.get(name, np.nan), np.float32)
             for name in ("latitude", "longitude", "elevation")

@@ -1,23 +1,20 @@
-"""Splits: which times of which stretch train, validate and test, on one calendar with gaps; duplicates are refused."""
+"""Splits: which times of which stretch train, validate and test, on one calendar with gaps."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Literal
 
 import numpy as np
 
-from sci_gpt.data.near_duplicates import NearDuplicates
 from sci_gpt.data.store import SPLITS, Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
 
 DAY = 86400.0
-BLOCK_TIMES = 32  # times in a block of the duplicate search
-BLOCK_CELLS = 16  # cells of a time that stand for it in a block
+EARTH_KM = 6371.0088  # mean radius (IUGG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +37,22 @@ class SplitRule:
         by: time | station | run | event.
         era: for time and station.
         gap_days: dropped between two splits of an era.
+        buffer_km: for station: a station that is not held out but nearer than this to one that is has no split at all.
         valid, test: stations, runs or events held out whole.
         empty: splits that may hold nothing.
+        near: {station that the buffer leaves out: (the nearest held-out one, distance in km)}; None before
+            `with_places`, which a rule with a buffer needs.
     """
 
     source: str
     by: Literal["time", "station", "run", "event"]
     era: Era | None = None
     gap_days: float | None = None
+    buffer_km: float | None = None
     valid: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    near: Mapping[str, tuple[str, float]] | None = None
 
     def __post_init__(self) -> None:
         where = f"source {self.source!r}: split"
@@ -68,6 +70,43 @@ class SplitRule:
             raise DataError(f"{where} by time holds nothing out whole, got {[*self.valid, *self.test]}")
         if self.by in ("run", "event") and self.era is not None:
             raise DataError(f"{where} by {self.by} has no era, got {self.era.name!r}")
+        if self.buffer_km is not None and (self.by != "station" or not (self.valid or self.test)):
+            raise DataError(
+                f"{where}: buffer_km {self.buffer_km:g} goes with by: station and stations held out in valid or test, "
+                f"got by: {self.by} and {len(self.valid) + len(self.test)} held out; leave it out"
+            )
+
+    def with_places(self, samples: Iterable[Sample]) -> SplitRule:
+        """The rule that knows which stations its buffer leaves out; itself where it has no buffer.
+
+        Args:
+            samples: all stretches of the source; their keys and places are looked at.
+
+        Raises:
+            DataError: a station whose place is not known.
+        """
+        if self.buffer_km is None:
+            return self
+        found: dict[str, set[tuple[float, float]]] = {}
+        for sample in samples:
+            station = sample.key.split("/")[1]
+            known = np.isfinite(sample.latitude) & np.isfinite(sample.longitude)
+            if not known.any():
+                raise DataError(
+                    f"source {self.source!r}: split: buffer_km needs the latitude and longitude of every station, "
+                    f"{station!r} has none; give its place (option stations), or leave buffer_km out"
+                )
+            pairs = zip(sample.latitude[known].tolist(), sample.longitude[known].tolist(), strict=True)
+            found.setdefault(station, set()).update(pairs)
+        places = {station: np.asarray(sorted(own)) for station, own in found.items()}
+        held = [station for station in (*self.valid, *self.test) if station in places]
+        near: dict[str, tuple[str, float]] = {}
+        for station in sorted(set(places) - set(held)):
+            distances = {other: least_distance_km(places[station], places[other]) for other in held}
+            closest = min(distances, key=distances.__getitem__, default=None)
+            if closest is not None and distances[closest] < self.buffer_km:
+                near[station] = (closest, distances[closest])
+        return replace(self, near=near)
 
     def parts(self, sample: Sample) -> list[tuple[str, Sample]]:
         """The sample's pieces with their splits, in time order; pieces of one time are dropped.
@@ -78,6 +117,13 @@ class SplitRule:
         group = sample.key.split("/")[1]
         if self.by in ("run", "event"):
             return [("test" if group in self.test else "valid" if group in self.valid else "train", sample)]
+        if self.buffer_km is not None and self.near is None:
+            raise DataError(
+                f"source {self.source!r}: split: a rule with a buffer must know all places before it splits: call "
+                "with_places first"
+            )
+        if self.near and group in self.near:
+            return []
         parts = []
         for split, (start, end) in self.ranges().items():
             if self.by == "station" and split not in self._splits_of(group):
@@ -122,12 +168,25 @@ class SplitRule:
                 raise DataError(
                     f"{where} holds out {name!r}, which the files do not have; they have {', '.join(groups)}"
                 )
+        buffer = f" (buffer_km leaves out {', '.join(self.near)})" if self.near else ""
         for split in SPLITS:
             if not times.get(split) and split not in self.empty:
                 raise DataError(
-                    f"{where}: {split} is empty; choose other dates or names"
+                    f"{where}: {split} is empty{buffer}; choose other dates or names"
                     + (f", or list it under split.empty: [{split}]" if split != "train" else "")
                 )
+
+
+def least_distance_km(one: np.ndarray, other: np.ndarray) -> float:
+    """Shortest great-circle distance between two sets of places, on a sphere of the Earth's mean radius (haversine).
+
+    Args:
+        one, other: (n, 2) and (m, 2), latitude and longitude in degrees; any longitude convention.
+    """
+    (north, east), (to_north, to_east) = np.radians(one).T[:, :, None], np.radians(other).T[:, None, :]
+    half = np.sin((to_north - north) / 2) ** 2
+    half = half + np.cos(north) * np.cos(to_north) * np.sin((to_east - east) / 2) ** 2
+    return float(2 * EARTH_KM * np.arcsin(np.sqrt(np.minimum(half, 1.0))).min())
 
 
 def check_eras(rules: Sequence[SplitRule], *, simulations: Sequence[str], gap_days: float) -> None:
@@ -170,67 +229,6 @@ def check_window(store: Store, source: str, *, num_times: int) -> None:
             f"source {source!r}: a window of {num_times} times is {length / DAY:g} days long, the gap between its "
             f"splits is {gap / DAY:g} days; use fewer frames, or build with a longer split.gap_days"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DuplicateGuard:
-    """Refuses content that stands in two splits of the corpus, under whatever name and from whatever offset on; nearly
-    identical content too (see `NearDuplicates`).
-
-    For copies to the last bit held-out stretches are remembered at every offset, training stretches at every
-    BLOCK_TIMES-th: a common piece of 2 * BLOCK_TIMES - 1 times is found. Blocks that are constant or mostly missing are
-    not compared.
-    """
-
-    _seen: dict[bytes, tuple[str, str]] = field(default_factory=dict, repr=False)
-    _train: list[tuple[str, list[bytes]]] = field(default_factory=list, repr=False)
-    _near: NearDuplicates = field(default_factory=NearDuplicates, repr=False)
-
-    def add(self, sample: Sample, split: str) -> None:
-        """Take one stretch in.
-
-        Raises:
-            DataError: another split holds the same content; both keys are named.
-        """
-        self._near.add(sample, split)
-        if split == "train":
-            self._train.append((sample.key, list(_blocks(sample, BLOCK_TIMES))))
-            return
-        for block in _blocks(sample, 1):
-            other, other_split = self._seen.setdefault(block, (sample.key, split))
-            if other_split != split:
-                _refuse(other, other_split, other=sample.key, other_split=split)
-
-    def check(self) -> None:
-        """Compare training with what is held out, when all stretches are in.
-
-        Raises:
-            DataError: the same content in both, or nearly the same in two splits; both keys are named.
-        """
-        for key, blocks in self._train:
-            for block in blocks:
-                if block in self._seen:
-                    other, other_split = self._seen[block]
-                    _refuse(key, "train", other=other, other_split=other_split)
-        self._near.check()
-
-
-def _refuse(key: str, split: str, *, other: str, other_split: str) -> None:
-    raise DataError(f"{key!r} ({split}) and {other!r} ({other_split}) hold the same values; leave one of the two out")
-
-
-def _blocks(sample: Sample, step: int) -> list[bytes]:
-    times = sample.num_times
-    size = min(BLOCK_TIMES, times)
-    cells = np.ascontiguousarray(sample.values.reshape(times, -1))
-    known = sample.valid.reshape(times, -1)
-    chosen = np.unique(np.linspace(0, cells.shape[1] - 1, BLOCK_CELLS).astype(int))
-    cells, known = np.ascontiguousarray(cells[:, chosen]), known[:, chosen]
-    mostly = np.convolve(known.mean(axis=1), np.ones(size), "valid") / size >= 0.5 * known.any(axis=0).mean()
-    changes = np.concatenate([[0], np.cumsum((np.diff(cells, axis=0) != 0).any(axis=1))])
-    moving = changes[size - 1 :] - changes[: times - size + 1] >= size // 4
-    starts = [start for start in range(0, times - size + 1, step) if mostly[start] and moving[start]]
-    return [hashlib.blake2b(cells[start : start + size].tobytes(), digest_size=16).digest() for start in starts]
 
 
 def _end_of(day: date) -> float:

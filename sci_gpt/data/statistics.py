@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from sci_tokenizers.variables import forward_transform
 
 BINS = 48  # of a cycle
 LONGEST_GAP = BINS // 6  # a cycle with a longer unseen part is not covered
+_VALUES_AT_ONCE = 2_000_000  # of a stretch
 _PER_COEFFICIENT = 3  # values that a cell must have seen for each coefficient of its own climatology
 
 
@@ -50,17 +53,19 @@ class TrainingStatistics:
         for mine, theirs in zip(self._sums, part._sums, strict=True):
             theirs.origin = mine.origin  # as long as one process adds, nothing has to be moved
         design = harmonics(sample.year_phase, sample.day_phase, num_year=self.num_year, num_day=self.num_day)
+        cells = sample.values[0, 0].size
+        at_once = max(1, _VALUES_AT_ONCE // cells)  # what is transformed in float64 stays small
         for number, (name, sums) in enumerate(zip(self.variables, part._sums, strict=True)):
-            values = forward_transform(sample.values[:, number].astype(np.float64), name)
-            sums.add(
-                values.reshape(sample.num_times, -1),
-                sample.valid[:, number].reshape(sample.num_times, -1),
-                design=design,
-            )
-            known = sample.valid[:, number].reshape(sample.num_times, -1).any(axis=1)
-            sums.cover(sample, np.flatnonzero(known))
-            if self.by_cell:
-                sums.add_cells(sample, number, values=values, design=design)
+            for start in range(0, sample.num_times, at_once):
+                stop, lead = min(start + at_once, sample.num_times), min(start, 1)
+                rows = slice(start - lead, stop)  # with the time before, for the steps
+                values = sample.values[rows, number].reshape(-1, cells).astype(np.float64)
+                values, valid = forward_transform(values, name), sample.valid[rows, number].reshape(-1, cells)
+                now = slice(start, stop)
+                sums.add(values, valid, lead=lead, design=design[now])
+                sums.cover(sample, start + np.flatnonzero(valid[lead:].any(axis=1)))
+                if self.by_cell:
+                    sums.add_cells(sample, values[lead:], valid=valid[lead:], design=design[now])
         self.merge(part)
 
     def merge(self, other: TrainingStatistics) -> None:
@@ -74,6 +79,20 @@ class TrainingStatistics:
             raise DataError(f"statistics of {theirs} cannot be merged into those of {mine}: they count other things")
         for sums, more in zip(self._sums, other._sums, strict=True):
             sums.merge(more)
+
+    def save(self, path: Path) -> None:
+        """Write the sums (.npz, nothing pickled), for `load`."""
+        arrays = {f"{n}.{name}": array for n, sums in enumerate(self._sums) for name, array in sums.arrays().items()}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # names are no options
+
+    def load(self, path: Path) -> TrainingStatistics:
+        """Statistics of this source with the sums that `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            found = replace(self, _sums=[])
+            for number, sums in enumerate(found._sums):
+                sums.fill({name.split(".", 1)[1]: arrays[name] for name in arrays if name.startswith(f"{number}.")})
+        return found
 
     def finish(self) -> dict[str, ChannelStatistics]:
         """Statistics by channel, in transformed units.
@@ -106,23 +125,26 @@ class _Sums:
         self.day_bins = np.zeros(BINS, bool)
         self.tiles: dict[bytes, _Tile] = {}
 
-    def add(self, values: np.ndarray, valid: np.ndarray, *, design: np.ndarray) -> None:
-        """values, valid (time, cell); design (time, coefficient)."""
+    def add(self, values: np.ndarray, valid: np.ndarray, *, lead: int, design: np.ndarray) -> None:
+        """values, valid (lead + time, cell); design (time, coefficient). The lead was counted before."""
         if not valid.any():
             return
         if self.origin is None:
             self.origin = float(values[valid][0])
-        self.count += int(valid.sum())
-        self.minimum = min(self.minimum, float(values[valid].min()))
-        self.maximum = max(self.maximum, float(values[valid].max()))
         centred = np.where(valid, values - self.origin, 0.0)
-        self.total += float(centred.sum())
-        self.squares += float((centred**2).sum())
         both = valid[1:] & valid[:-1]
         steps = np.where(both, centred[1:] - centred[:-1], 0.0)
         self.steps += int(both.sum())
         self.step_total += float(steps.sum())
         self.step_squares += float((steps**2).sum())
+        values, valid, centred = values[lead:], valid[lead:], centred[lead:]
+        if not valid.any():
+            return
+        self.count += int(valid.sum())
+        self.minimum = min(self.minimum, float(values[valid].min()))
+        self.maximum = max(self.maximum, float(values[valid].max()))
+        self.total += float(centred.sum())
+        self.squares += float((centred**2).sum())
         weight = valid.sum(axis=1).astype(np.float64)
         self.normal += (design * weight[:, None]).T @ design
         self.moment += design.T @ centred.sum(axis=1)
@@ -151,12 +173,43 @@ class _Sums:
         self.year_bins[(sample.year_phase[seen] * BINS).astype(int)] = True
         self.day_bins[(sample.day_phase[seen] * BINS).astype(int)] = True
 
-    def add_cells(self, sample: Sample, number: int, *, values: np.ndarray, design: np.ndarray) -> None:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All sums as arrays, for `fill`."""
+        tiles = list(self.tiles.values())
+        size = len(self.moment)
+        scalars = [self.count, self.steps, np.nan if self.origin is None else self.origin, self.total, self.squares]
+        scalars += [self.step_total, self.step_squares, self.minimum, self.maximum]
+        return {
+            "scalars": np.array(scalars, np.float64),
+            "normal": self.normal,
+            "moment": self.moment,
+            "bins": np.stack([self.year_bins, self.day_bins]),
+            "tile_cells": np.array([len(tile.place) for tile in tiles], np.int64),
+            "tile_place": np.concatenate([*(tile.place for tile in tiles), np.zeros(0, np.int64)]),
+            "tile_normal": np.concatenate([*(tile.normal for tile in tiles), np.zeros((0, size, size))]),
+            "tile_moment": np.concatenate([*(tile.moment for tile in tiles), np.zeros((0, size))]),
+        }
+
+    def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the sums that `arrays` gave."""
+        count, steps, origin, self.total, self.squares, *rest = arrays["scalars"].tolist()
+        self.step_total, self.step_squares, self.minimum, self.maximum = rest
+        self.count, self.steps, self.origin = int(count), int(steps), None if np.isnan(origin) else origin
+        self.normal, self.moment = arrays["normal"], arrays["moment"]
+        self.year_bins, self.day_bins = arrays["bins"]
+        first = 0
+        for cells in arrays["tile_cells"].tolist():
+            rows = slice(first, first + cells)
+            tile = _Tile(arrays["tile_place"][rows], len(self.moment))
+            tile.normal, tile.moment = arrays["tile_normal"][rows], arrays["tile_moment"][rows]
+            self.tiles[tile.place.tobytes()] = tile
+            first += cells
+
+    def add_cells(self, sample: Sample, values: np.ndarray, *, valid: np.ndarray, design: np.ndarray) -> None:
         """Sums of each cell of a stretch; stretches of the same places go to the same sums."""
         place = place_number(sample.latitude, sample.longitude).ravel()
         tile = self.tiles.setdefault(place.tobytes(), _Tile(place, design.shape[1]))
-        valid = sample.valid[:, number].reshape(sample.num_times, -1)
-        tile.add(values.reshape(valid.shape), valid, design=design)
+        tile.add(values, valid, design=design)
 
     def statistics(self, num_year: int, num_day: int) -> ChannelStatistics:
         """The channel's statistics; a cycle that the split does not cover has no harmonics (they would extrapolate)."""

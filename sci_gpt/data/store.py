@@ -1,74 +1,32 @@
-"""Store: the built corpus on disk, read one window at a time with ranged reads only; nothing is ever unpickled."""
+"""Store: the built corpus, in a folder or behind a URL, read window by window; nothing is ever unpickled."""
 
 from __future__ import annotations
 
-import json
 import time
-import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sci_gpt.data.faults import DamagedError, Patience, UnreadableError, is_transient, patiently
-from sci_gpt.data.quality import SPAN
-from sci_gpt.data.shard import BLOCK_BYTES, MEMBERS, Member, Shard, block_sums, load_table
+from sci_gpt.data.addresses import Address, RemotePath, address, load_table, path_or_url
+from sci_gpt.data.faults import DamagedError, Patience, UnreadableError, is_transient, patiently, reason
+from sci_gpt.data.in_place import FOLDER, InPlace
+from sci_gpt.data.index import INDEX, RECORD, Recent, SplitIndex, shard_name
+from sci_gpt.data.manifest import STATISTICS, read_manifest, read_object, read_sealed
+from sci_gpt.data.shard import Member, Shard
+from sci_gpt.data.stretch import DTYPES, Stretch, member_sizes
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 from sci_tokenizers.statistics import SourceStatistics, statistics_from_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SPLITS = ("train", "valid", "test")
-
-# One row per stretch. Offsets are those of an array's first byte in the shard (-1: no such member); `*_sums` is where
-# the CRC-32 of its blocks begin in the shard's checksums; `code` is a row of DTYPES; physical value = stored * scale +
-# offset.
-RECORD = np.dtype(
-    [
-        ("key", "S128"),
-        ("shard", "<i4"),
-        ("num_times", "<i8"),
-        ("values_offset", "<i8"),
-        ("valid_offset", "<i8"),
-        ("time_offset", "<i8"),
-        ("place_offset", "<i8"),
-        ("values_sums", "<i8"),
-        ("valid_sums", "<i8"),
-        ("time_sums", "<i8"),
-        ("place_sums", "<i8"),
-        ("values_bytes_per_time", "<i8"),
-        ("valid_bytes_per_time", "<i8"),
-        ("code", "u1"),
-        ("scale", "<f8"),
-        ("offset", "<f8"),
-        ("step_seconds", "<f8"),
-        ("start_time", "<f8"),
-        ("end_time", "<f8"),
-        ("missing_share", "<f8"),
-    ]
-)
-DTYPES = (np.dtype("<f4"), np.dtype("<i2"), np.dtype("<i4"))
-TIME_BYTES = 24  # time, year_phase, day_phase as float64
-PLACE_BYTES = 12  # of a cell: latitude, longitude, elevation as float32
-MOST_OPEN = 64  # shards kept open
-QUALITY = "quality.npy"  # spans of a split's stretches (dtype quality.SPAN)
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.tar"
-
-
-def records_name(number: int) -> str:
-    """File name of a shard's fixed-width records."""
-    return f"shard-{number:05d}.idx.npy"
-
-
-def sums_name(number: int) -> str:
-    """File name of the checksums of a shard's blocks."""
-    return f"shard-{number:05d}.crc.npy"
+MOST_OPEN = 64  # shards kept open, and so many tables of the index
+MOST_KEPT = 1 << 20  # bytes that the stretches made ready of an open shard may hold
+AT_ONCE = 16  # requests, when the tables of all shards behind a URL are gone through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +37,19 @@ class _Open:
     shard: Shard
     sums: np.ndarray
     damaged: dict[bytes, str]
+    ready: dict[int, Stretch] = field(default_factory=dict)
+
+
+class _OutsideError(DataError):
+    """A window that its stretch does not have: the caller's error, not the disk's."""
+
+
+def _recent_tables() -> Recent[np.ndarray]:
+    return Recent(MOST_OPEN)
+
+
+def _recent_shards() -> Recent[_Open]:
+    return Recent(MOST_OPEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,38 +57,47 @@ class Store:
     """A built corpus. Make it with `Store.open`.
 
     Attributes:
-        path: the store's folder.
-        manifest: what was built, from what, under which licences and splits.
+        path: the store's folder, or its URL.
+        manifest: what was built, from what, under which licences and splits, and the digests of what it stands on.
         statistics: training statistics, {source: {channel: ChannelStatistics}}.
         patience: how long a failing read is tried again.
     """
 
-    path: Path
+    path: Path | str
     manifest: dict[str, Any]
     statistics: dict[str, SourceStatistics]
     patience: Patience = Patience()
-    _records: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
-    _spans: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
-    _shards: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict, repr=False)
-    _open: dict[Path, _Open] = field(default_factory=dict, repr=False)
-    _gone: set[Path] = field(default_factory=set, repr=False)
+    _root: Address | None = field(default=None, repr=False)
+    _indices: dict[tuple[str, str], SplitIndex] = field(default_factory=dict, repr=False)
+    _places: dict[str, InPlace] = field(default_factory=dict, repr=False)
+    _tables: Recent[np.ndarray] = field(default_factory=_recent_tables, repr=False)
+    _open: Recent[_Open] = field(default_factory=_recent_shards, repr=False)
+    _gone: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def open(cls, path: Path | str, patience: Patience = Patience()) -> Store:  # noqa: B008  it is frozen
-        """Open a store: its manifest and statistics are read; shards are opened when a window is.
+        """Open a store: its manifest and statistics are read and compared with their digests; the index of a split is
+        when it is first used, a shard is opened when a window of it is.
+
+        Args:
+            path: a folder, or a URL that fsspec reads: s3://bucket/prefix.
+            patience: how long a failing read is tried again.
 
         Raises:
-            DataError: no store there, an unfinished one, or one of another format version.
+            DataError: no store there, an unfinished or changed one, or one of another format version; a URL that
+                nothing installed reads.
         """
-        path = Path(path)
-        manifest = _read_json(path / "manifest.json", path)
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"data store {str(path)!r} has format version {manifest.get('format_version')!r}, this code reads "
-                f"{FORMAT_VERSION}; build it again with `sci-gpt build`"
-            )
-        rows = _read_json(path / "statistics.json", path)
-        return cls(path=path, manifest=manifest, statistics=statistics_from_json(rows), patience=patience)
+        root = address(path)
+        manifest = read_manifest(root, FORMAT_VERSION, patience=patience)
+        content = read_sealed(root, STATISTICS, manifest=manifest, patience=patience)
+        rows = read_object(root / STATISTICS, content)
+        return cls(
+            path=path_or_url(path),
+            _root=root,
+            manifest=manifest,
+            statistics=statistics_from_json(rows),
+            patience=patience,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -153,29 +133,68 @@ class Store:
         variables, rows, columns = self._source(source)["shape"]
         return int(variables), int(rows), int(columns)
 
+    def num_stretches(self, source: str, split: str) -> int:
+        """Stretches of a split.
+
+        Raises:
+            DataError: no such source or split, or a changed index.
+        """
+        return self._index(source, split).num_stretches
+
+    def num_times(self, source: str, split: str) -> int:
+        """Times of all stretches of a split; raises as `num_stretches` does."""
+        return int(self._index(source, split).rows["num_times"].sum())
+
+    def shards(self, source: str, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`shard` of every shard, in order; behind a URL several are asked for at a time."""
+        numbers = range(len(self._index(source, split).rows))
+        if not isinstance(self._root, RemotePath):
+            yield from (self.shard(source, split, number=number) for number in numbers)
+            return
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="index") as pool:
+            for first in range(0, len(numbers), AT_ONCE):
+                yield from pool.map(
+                    lambda number: self.shard(source, split, number=number), numbers[first : first + AT_ONCE]
+                )
+
+    def shard(self, source: str, split: str, *, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records (dtype RECORD) of a shard's stretches, and where a rule of quality holds in them (dtype quality.SPAN,
+        stretches counted within the shard).
+
+        Raises:
+            DataError: no such source or split, or tables that cannot be read or are not those that were written.
+        """
+        index = self._index(source, split)
+        try:
+            return patiently(
+                lambda: (index.records(number), index.spans(number)),
+                self.patience,
+                again=lambda: None,
+                sleep=time.sleep,
+            )
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            where = index.folder / shard_name(number)
+            raise DataError(
+                f"{where}: its tables cannot be read: {reason(error)}; mend it or build the store again"
+            ) from error
+
+    def lengths(self, source: str, split: str) -> np.ndarray:
+        """Times of every stretch of a split, int64 (stretch,); raises as `shard` does."""
+        parts = [np.asarray(records["num_times"], np.int64) for records, _ in self.shards(source, split)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
     def stretches(self, source: str, split: str) -> np.ndarray:
-        """Records (dtype RECORD) of a split's stretches, in the order of their index; empty where the split is.
+        """Records (dtype RECORD) of all stretches of a split, in the order of their index; empty where the split is.
+
+        They are put together at each call, 250 bytes a stretch; what runs on every rank goes shard by shard.
 
         Raises:
-            DataError: no such source or split, or a torn index.
+            DataError: as of `shard`.
         """
-        self._source(source)
-        if split not in SPLITS:
-            raise DataError(f"split is one of {SPLITS}, got {split!r}")
-        if (source, split) not in self._records:
-            self._records[source, split] = self._load_records(source, split)
-        return self._records[source, split]
-
-    def spans(self, source: str, split: str) -> np.ndarray:
-        """Where a rule of quality holds (dtype quality.SPAN), stretch by stretch.
-
-        Raises:
-            DataError: no such source or split, or a torn index.
-        """
-        if (source, split) not in self._spans:
-            self.stretches(source, split)
-            self._spans[source, split] = load_table(self.path / source / split / QUALITY, SPAN)
-        return self._spans[source, split]
+        parts = [records for records, _ in self.shards(source, split)]
+        return np.concatenate(parts) if parts else np.zeros(0, RECORD)
 
     def keys(self, source: str, split: str) -> list[str]:
         """Keys of a split's stretches (SOURCE/GROUP[/PART])."""
@@ -191,35 +210,43 @@ class Store:
             DataError: no such window.
             UnreadableError: the window cannot be read; file, key and cause are named.
         """
-        records = self.stretches(source, split)
-        if not 0 <= index < len(records):
-            raise DataError(f"{source}/{split} has {len(records)} stretches, got index {index}")
-        record = records[index]
-        key = record["key"].decode()
-        number = int(record["shard"])
-        path = self.path / source / split / shard_name(number)
-        num_times = int(record["num_times"])
-        if not 0 <= start < stop <= num_times:
-            raise DataError(f"{path}: {key} has {num_times} times, got window {start}..{stop}")
+        own = self._index(source, split)
+        if not 0 <= index < own.num_stretches:
+            raise DataError(f"{source}/{split} has {own.num_stretches} stretches, got index {index}")
+        if "in_place" in self._source(source):
+            record = self._record(source, split, index=index)
+            return self._in_place(source).read(record, self.patience, start=start, stop=stop)
+        number, row = own.find(index)
+        name = str(own.folder / shard_name(number))
+        key = f"{source}/{split} stretch {index}"  # until its record is read
+
+        def sample() -> Sample:
+            nonlocal key
+            record = own.records(number)[row]
+            key = record["key"].decode()
+            if not 0 <= start < stop <= record["num_times"]:
+                raise _OutsideError(f"{name}: {key} has {record['num_times']} times, got window {start}..{stop}")
+            return self._stretch(record, row, opened=self._shard(own, source, number=number)).window(start, stop)
+
         try:
-            sample = patiently(
-                lambda: self._sample(record, self._shard(source, split, number=number), start=start, stop=stop),
-                Patience(attempts=1) if path in self._gone else self.patience,
-                again=lambda: self._close(path),
+            found = patiently(
+                sample,
+                Patience(attempts=1) if name in self._gone else self.patience,
+                again=lambda: self._open.drop(name),
                 sleep=time.sleep,
             )
-        except UnreadableError:
+        except (UnreadableError, _OutsideError):
             raise
         except Exception as error:
             if isinstance(error, (FileNotFoundError, DamagedError)):
-                self._gone.add(path)
-            self._close(path)  # whatever comes next opens it anew
+                self._gone.add(name)
+            self._open.drop(name)  # whatever comes next opens it anew
             if not is_transient(error) and not isinstance(error, (ValueError, DataError)):
                 raise
             what = f"{key}: window {start}..{stop} cannot be read"
-            raise UnreadableError(what, file=str(path), cause=_cause(error)) from error
-        self._gone.discard(path)
-        return sample
+            raise UnreadableError(what, file=name, cause=reason(error)) from error
+        self._gone.discard(name)
+        return found
 
     def verify(self, source: str, split: str) -> int:
         """Compare every member's checksums; the number of stretches checked.
@@ -227,23 +254,38 @@ class Store:
         Raises:
             DataError: the first member that differs, with file and key.
         """
-        for record in self.stretches(source, split):
-            path = self.path / source / split / shard_name(int(record["shard"]))
-            try:
-                opened = self._shard(source, split, number=int(record["shard"]))
-                if record["key"] in opened.damaged:
-                    raise DamagedError(opened.damaged[record["key"]])
-                for name, size in self._sizes(record, source).items():
-                    self._part(record, opened, name=name, span=(0, size), total=size)
-            except OSError as error:
-                raise UnreadableError(
-                    record["key"].decode(), file=str(path), cause=f"{_cause(error)}; build the store again"
-                ) from error
-        return len(self.stretches(source, split))
+        own = self._index(source, split)
+        for number, (records, _) in enumerate(self.shards(source, split)):
+            if "in_place" in self._source(source):
+                self._in_place(source).verify(records)
+                continue
+            for row, record in enumerate(records):
+                try:
+                    stretch = self._stretch(record, row, opened=self._shard(own, source, number=number))
+                    for name, size in member_sizes(record, self.shape(source)).items():
+                        stretch.part(name, 0, stop=size)
+                except OSError as error:
+                    raise UnreadableError(
+                        record["key"].decode(),
+                        file=str(own.folder / shard_name(number)),
+                        cause=f"{reason(error)}; build the store again",
+                    ) from error
+        return own.num_stretches
 
     def close(self) -> None:
         """Close the shards that were opened."""
         self._open.clear()
+        self._tables.clear()
+
+    def _in_place(self, source: str) -> InPlace:
+        folder, row = (self._root or address(self.path)) / source / FOLDER, self._source(source)
+        place = InPlace(source=source, row=row, load=lambda name, dtype: load_table(folder / name, dtype))
+        return self._places.setdefault(source, place)
+
+    def _record(self, source: str, split: str, *, index: int) -> np.void:
+        number, row = self._index(source, split).find(index)
+        record: np.void = self.shard(source, split, number=number)[0][row]
+        return record
 
     def _source(self, source: str) -> dict[str, Any]:
         rows: dict[str, dict[str, Any]] = self.manifest["sources"]
@@ -251,42 +293,50 @@ class Store:
             raise DataError(f"data store {str(self.path)!r} has no source {source!r}; it has {', '.join(rows)}")
         return rows[source]
 
-    def _load_records(self, source: str, split: str) -> np.ndarray:
-        folder = self.path / source / split
-        shards: list[dict[str, Any]] = _read_json(folder / "index.json", self.path)["shards"]
-        parts = []
-        for number, row in enumerate(shards):
-            part = load_table(folder / records_name(number), RECORD)
-            if len(part) != row["num_stretches"] or zlib.crc32(part.tobytes()) != row["records_crc32"]:
-                raise DataError(
-                    f"{folder / records_name(number)}: its {len(part)} records are not the {row['num_stretches']} that "
-                    "were written; build the store again"
-                )
-            parts.append(part)
-        self._shards[source, split] = shards
-        return np.concatenate(parts) if parts else np.zeros(0, RECORD)
-
-    def _shard(self, source: str, split: str, *, number: int) -> _Open:
-        """A shard, opened and looked through once."""
-        folder = self.path / source / split
-        path = folder / shard_name(number)
-        found = self._open.get(path)
+    def _index(self, source: str, split: str) -> SplitIndex:
+        found = self._indices.get((source, split))
         if found is None:
-            row = self._shards[source, split][number]
-            shard = Shard(path, index_bytes=int(row["bytes"]))
-            sums = load_table(folder / sums_name(number), np.dtype("<u4"))
-            if zlib.crc32(sums.tobytes()) != row["sums_crc32"]:
-                raise DamagedError(f"{sums_name(number)} does not match its checksum")
-            records = self.stretches(source, split)
-            damaged = dict(self._damaged(records[records["shard"] == number], shard, source=source))
-            while len(self._open) >= MOST_OPEN:
-                self._open.pop(list(self._open)[0], None)
-            found = self._open[path] = _Open(source=source, shard=shard, sums=sums, damaged=damaged)
-        return found  # another thread may close it meanwhile; whoever holds it still reads
+            self._source(source)
+            if split not in SPLITS:
+                raise DataError(f"split is one of {SPLITS}, got {split!r}")
+            root, name = self._root or address(self.path), f"{source}/{split}/{INDEX}"
+            content = read_sealed(root, name, manifest=self.manifest, patience=self.patience)
+            found = SplitIndex(root / source / split, content, tables=self._tables)
+            self._indices[source, split] = found
+        return found
+
+    def _shard(self, own: SplitIndex, source: str, *, number: int) -> _Open:
+        """A shard, opened and looked through once; another thread may close it meanwhile, whoever holds it still
+        reads."""
+        path = own.folder / shard_name(number)
+
+        def opened() -> _Open:
+            shard = Shard(path, index_bytes=int(own.rows[number]["bytes"]))
+            damaged = dict(self._damaged(own.records(number), shard, source=source))
+            return _Open(source=source, shard=shard, sums=own.sums(number), damaged=damaged)
+
+        return self._open.get(str(path), opened)
+
+    def _stretch(self, record: np.void, row: int, *, opened: _Open) -> Stretch:
+        """A stretch made ready, kept with its shard as far as there is room."""
+        found = opened.ready.get(row)
+        if found is None:
+            if record["key"] in opened.damaged:
+                raise DamagedError(opened.damaged[record["key"]])
+            source = opened.source
+            variables, levels = self.variables(source)
+            facts = {"source": source, "modality": self.modality(source), "variables": variables, "levels": levels}
+            found = Stretch(record, opened.shard, sums=opened.sums, facts=facts, shape=self.shape(source))
+            if (len(opened.ready) + 1) * found.kept_bytes > MOST_KEPT:
+                opened.ready.clear()
+            opened.ready[row] = found
+        return found
 
     def _damaged(self, records: np.ndarray, shard: Shard, *, source: str) -> Iterator[tuple[bytes, str]]:
         """(key, why) of the stretches whose members are not where and what their records say."""
-        shape = self.shape(source)
+        shape, members = self.shape(source), shard.members()
+        if members is None:
+            return
         for record in records:
             times = int(record["num_times"])
             wanted = {
@@ -295,101 +345,9 @@ class Store:
                 "time": ("<f8", (times, 3)),
                 "place": ("<f4", (3, *shape[1:])),
             }
-            for name in self._sizes(record, source):
+            for name in member_sizes(record, shape):
                 full = f"{record['key'].decode()}.{name}.npy"
                 dtype, size = wanted[name]
                 member = Member(offset=int(record[f"{name}_offset"]), dtype=dtype, shape=size)
-                if shard.members.get(full) != member:
+                if members.get(full) != member:
                     yield record["key"], shard.torn or f"{full} is not where or what its record says"
-
-    def _sizes(self, record: np.void, source: str) -> dict[str, int]:
-        """{member: bytes of its data} of a stretch."""
-        shape, times = self.shape(source), int(record["num_times"])
-        sizes = {
-            "values": int(record["values_bytes_per_time"]) * times,
-            "valid": int(record["valid_bytes_per_time"]) * times,
-            "time": TIME_BYTES * times,
-            "place": PLACE_BYTES * shape[1] * shape[2],
-        }
-        return {name: sizes[name] for name in MEMBERS if record[f"{name}_offset"] >= 0}
-
-    def _part(self, record: np.void, opened: _Open, *, name: str, span: tuple[int, int], total: int) -> memoryview:
-        """Bytes span[0]..span[1] of a member's `total`, read in whole blocks whose checksums are compared.
-
-        Raises:
-            DamagedError: a block differs.
-        """
-        first, last = span[0] // BLOCK_BYTES, -(-span[1] // BLOCK_BYTES)
-        begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, total)
-        raw = opened.shard.read(int(record[f"{name}_offset"]) + begin, size=end - begin)
-        sums = int(record[f"{name}_sums"])
-        if block_sums(raw) != opened.sums[sums + first : sums + last].tolist():
-            raise DamagedError(f"{record['key'].decode()}.{name}.npy does not match its checksum")
-        return memoryview(raw)[span[0] - begin : span[1] - begin]
-
-    def _sample(self, record: np.void, opened: _Open, *, start: int, stop: int) -> Sample:
-        if record["key"] in opened.damaged:
-            raise DamagedError(opened.damaged[record["key"]])
-        source, frames, times = opened.source, stop - start, int(record["num_times"])
-        variables, levels = self.variables(source)
-        shape = self.shape(source)
-
-        def rows(name: str, size: int) -> memoryview:
-            return self._part(record, opened, name=name, span=(start * size, stop * size), total=times * size)
-
-        values = np.frombuffer(rows("values", int(record["values_bytes_per_time"])), DTYPES[int(record["code"])])
-        values = values.reshape(frames, *shape)
-        if int(record["code"]) == 0:
-            values = values.copy()
-        else:
-            values = unpack(values, float(record["scale"]), offset=float(record["offset"]))
-        valid = np.ones((frames, *shape), bool)
-        if record["valid_offset"] >= 0:
-            raw = rows("valid", int(record["valid_bytes_per_time"]))
-            valid = np.frombuffer(raw, np.uint8).reshape(frames, *shape).astype(bool)
-            values[~valid] = 0.0
-        clock = np.frombuffer(rows("time", TIME_BYTES), "<f8").reshape(frames, 3)
-        size = PLACE_BYTES * shape[1] * shape[2]
-        place = np.frombuffer(self._part(record, opened, name="place", span=(0, size), total=size), "<f4")
-        latitude, longitude, elevation = place.reshape(3, shape[1], shape[2])
-        return Sample(
-            key=record["key"].decode(),
-            source=source,
-            modality=self.modality(source),
-            variables=variables,
-            levels=levels,
-            values=values,
-            valid=valid,
-            time=clock[:, 0].copy(),
-            year_phase=clock[:, 1].astype(np.float32),
-            day_phase=clock[:, 2].astype(np.float32),
-            step_seconds=float(record["step_seconds"]),
-            latitude=latitude,
-            longitude=longitude,
-            elevation=elevation,
-        )
-
-    def _close(self, path: Path) -> None:
-        self._open.pop(path, None)
-
-
-def unpack(stored: np.ndarray, scale: float, *, offset: float) -> np.ndarray:
-    """Physical float32 values of integers kept in an archive's own packing."""
-    return (stored.astype(np.float64) * scale + offset).astype(np.float32)
-
-
-def _cause(error: Exception) -> str:
-    """What went wrong, without what differs from window to window."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else f"{str(error) or type(error).__name__}"
-
-
-def _read_json(path: Path, store: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"no data store at {str(store)!r} ({path.name} is missing); make it with `sci-gpt build`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; build the store again") from error
-    return content

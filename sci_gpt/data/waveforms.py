@@ -10,6 +10,7 @@ from scipy import signal
 from sci_gpt.errors import DataError
 
 LOWEST_RATE, HIGHEST_RATE = 5.0, 20.0
+_MEMORY_SHARE = 0.9  # of the low-pass's impulse response: what is later than that moves a value little
 
 
 def decimation(rate_hz: float, target_hz: float) -> int:
@@ -56,8 +57,38 @@ def working_rate(
             raise DataError(f"the high-pass corner {high_pass_hz} Hz must lie within 0..{rate_hz / 2} Hz")
         values = _one_pass(signal.butter(2, high_pass_hz, "highpass", fs=rate_hz, output="sos"), values)
     if factor > 1:
-        values = _one_pass(signal.cheby1(8, 0.05, 0.8 / factor, output="sos"), values)
+        values = _one_pass(_low_pass(factor), values)
     return values[::factor], rate_hz / factor
+
+
+def flags_at_working_rate(flags: np.ndarray, rate_hz: float, *, target_hz: float = 10.0) -> np.ndarray:
+    """Which samples at the working rate a flagged sample of the record is in: see `working_rate`, same lengths.
+
+    The causal low-pass carries each raw value forward: a kept sample is flagged where a raw one is that lies within
+    nine tenths of the filter's memory before it, or after the sample kept before. (A high-pass has a longer, fainter
+    memory, which does not count.)
+
+    Args:
+        flags: bool (samples,).
+        rate_hz, target_hz: as in `working_rate`.
+
+    Returns:
+        bool (ceil(samples / factor),).
+    """
+    factor = decimation(rate_hz, target_hz)
+    if factor == 1:
+        return flags.copy()
+    impulse = np.zeros(64 * factor)
+    impulse[0] = 1.0
+    response = np.cumsum(np.abs(signal.sosfilt(_low_pass(factor), impulse)))
+    memory = max(factor, int(np.searchsorted(response, _MEMORY_SHARE * response[-1])) + 1)
+    before = np.concatenate([[0], np.cumsum(flags)])
+    kept = np.arange(0, len(flags), factor)
+    return np.asarray(before[kept + 1] > before[np.maximum(kept + 1 - memory, 0)])
+
+
+def _low_pass(factor: int) -> np.ndarray:
+    return np.asarray(signal.cheby1(8, 0.05, 0.8 / factor, output="sos"))
 
 
 def _one_pass(sections: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +13,8 @@ from sci_gpt.data.order import keyed
 from sci_gpt.data.quality import RULES, left_out, runs
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
+
+_MOST_TABLES = 64  # shards whose windows are kept worked out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +49,47 @@ class WindowSpec:
 class Stretches(Protocol):
     """Where windows are cut from: a built `Store`, or stretches in memory (`held.Held`)."""
 
-    def stretches(self, source: str, split: str) -> np.ndarray:
-        """A record per stretch of a split, with the field `num_times`."""
+    def shards(self, source: str, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`shard` of every shard, in order."""
         ...
 
-    def spans(self, source: str, split: str) -> np.ndarray:
-        """Where a rule of quality holds in them (dtype quality.SPAN)."""
+    def shard(self, source: str, split: str, *, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A record per stretch of a shard, with the field `num_times`, and where a rule of quality holds in them (dtype
+        quality.SPAN, stretches counted within the shard)."""
         ...
 
     def read(self, source: str, split: str, *, index: int, start: int, stop: int) -> Sample:
-        """The times [start, stop) of a stretch."""
+        """The times [start, stop) of a stretch, counted over all shards of the split."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """The windows of one shard.
+
+    Attributes:
+        ends: windows, good or not, up to the end of each stretch, int64 (stretch,).
+        kept_before: good windows before each run of windows that are left out, int64 (run,).
+        skipped: windows left out before each run, and by all, int64 (run + 1,).
+        left_out: windows left out by each of RULES, int64 (rule,).
+    """
+
+    ends: np.ndarray
+    kept_before: np.ndarray
+    skipped: np.ndarray
+    left_out: np.ndarray
+
+    @property
+    def num_good(self) -> int:
+        """Windows that are left."""
+        return (int(self.ends[-1]) if len(self.ends) else 0) - int(self.skipped[-1])
 
 
 class Windows:
     """The windows of one split of one source, less those that a rule of quality leaves out (`quality.RULES`).
+
+    Shards are gone through once, here; of each is kept how many stretches and good windows come before its end. Where
+    in its shard a window is, is worked out when it is asked for, and kept for a few shards.
 
     Attributes:
         num_windows: that are left.
@@ -89,14 +119,21 @@ class Windows:
     ) -> None:
         self.store, self.spec, self.split, self.frame_times = store, spec, split, frame_times
         self.shuffle_time, self.seed = shuffle_time, seed
-        times = np.asarray(store.stretches(spec.source, split)["num_times"], np.int64)
-        need, self._step = spec.frames * frame_times, spec.stride * frame_times
-        counts = np.maximum((times - need) // self._step + 1, 0)
-        self._ends = np.cumsum(counts)
-        whole = int(self._ends[-1]) if len(counts) else 0
-        self._leave_out(times, need=need)
-        self.num_windows = whole - sum(self.left_out.values())
-        if not len(times):
+        self._need, self._step = spec.frames * frame_times, spec.stride * frame_times
+        self._table = lru_cache(maxsize=_MOST_TABLES)(self._make)
+        stretches, good = [0], [0]
+        whole, longest, lost = 0, 0, np.zeros(len(RULES), np.int64)
+        for records, spans in store.shards(spec.source, split):
+            table = self._worked_out(records, spans)
+            stretches.append(stretches[-1] + len(records))
+            good.append(good[-1] + table.num_good)
+            lost += table.left_out
+            whole += table.num_good + int(table.skipped[-1])
+            longest = max(longest, int(records["num_times"].max(initial=0)))
+        self._stretches, self._good = np.asarray(stretches, np.int64), np.asarray(good, np.int64)
+        self.num_windows = good[-1]
+        self.left_out = {rule.name: int(n) for rule, n in zip(RULES, lost, strict=True) if n}
+        if not stretches[-1]:
             raise DataError(
                 f"source {spec.source!r} has no stretch in its {split} split; choose another split rule or dates"
             )
@@ -107,17 +144,19 @@ class Windows:
             )
         if not whole:
             raise DataError(
-                f"source {spec.source!r}, {split}: a window of {spec.frames} frames ({need} times) is longer than the "
-                f"data ({int(times.max())} times); lower mixture frames"
+                f"source {spec.source!r}, {split}: a window of {spec.frames} frames ({self._need} times) is longer "
+                f"than the data ({longest} times); lower mixture frames"
             )
 
     def locate(self, window: int) -> tuple[int, int, int]:
         """(stretch, first time, one past the last time) of a window."""
-        window += int(self._skipped[np.searchsorted(self._kept_before, window, side="right")])
-        stretch = int(np.searchsorted(self._ends, window, side="right"))
-        before = int(self._ends[stretch - 1]) if stretch else 0
-        start = (window - before) * self._step
-        return stretch, start, start + self.spec.frames * self.frame_times
+        shard = int(self._good.searchsorted(window, side="right")) - 1
+        table, inside = self._table(shard), window - int(self._good[shard])
+        inside += int(table.skipped[table.kept_before.searchsorted(inside, side="right")])
+        stretch = int(table.ends.searchsorted(inside, side="right"))
+        before = int(table.ends[stretch - 1]) if stretch else 0
+        start = (inside - before) * self._step
+        return int(self._stretches[shard]) + stretch, start, start + self._need
 
     def read(self, window: int) -> Sample:
         """The window's sample (time-shuffled where the run asks for it)."""
@@ -125,21 +164,24 @@ class Windows:
         sample = self.store.read(self.spec.source, self.split, index=stretch, start=start, stop=stop)
         return self._shuffled(sample, window) if self.shuffle_time else sample
 
-    def _leave_out(self, times: np.ndarray, *, need: int) -> None:
-        """Runs of windows that are left out: how many good ones come before each, how many are skipped up to it."""
-        spans = self.store.spans(self.spec.source, self.split)
-        starts, lengths, counts = [0], [0], np.zeros(len(RULES), np.int64)
-        for stretch in np.unique(spans["stretch"]).tolist():
-            mine = spans[spans["stretch"] == stretch]
-            verdict = left_out(mine, num_times=int(times[stretch]), need=need, step=self._step)
-            counts += np.bincount(verdict[verdict >= 0], minlength=len(RULES))
-            first = int(self._ends[stretch - 1]) if stretch else 0
+    def _make(self, shard: int) -> _Table:
+        return self._worked_out(*self.store.shard(self.spec.source, self.split, number=shard))
+
+    def _worked_out(self, records: np.ndarray, spans: np.ndarray) -> _Table:
+        times = np.asarray(records["num_times"], np.int64)
+        ends = np.cumsum(np.maximum((times - self._need) // self._step + 1, 0))
+        starts, lengths, lost = [0], [0], np.zeros(len(RULES), np.int64)
+        spoiled, first = np.unique(spans["stretch"], return_index=True)  # spans lie stretch by stretch
+        for stretch, mine in zip(spoiled.tolist(), np.split(spans, first[1:]), strict=False):
+            verdict = left_out(mine, num_times=int(times[stretch]), need=self._need, step=self._step)
+            lost += np.bincount(verdict[verdict >= 0], minlength=len(RULES))
+            before = int(ends[stretch - 1]) if stretch else 0
             for start, stop in runs(verdict >= 0):
-                starts.append(first + start)
+                starts.append(before + start)
                 lengths.append(stop - start)
-        self._skipped = np.cumsum(lengths)
-        self._kept_before = np.asarray(starts[1:], np.int64) - self._skipped[:-1]
-        self.left_out = {rule.name: int(n) for rule, n in zip(RULES, counts, strict=True) if n}
+        skipped = np.cumsum(lengths)
+        kept_before = np.asarray(starts[1:], np.int64) - skipped[:-1]
+        return _Table(ends=ends, kept_before=kept_before, skipped=skipped, left_out=lost)
 
     def _shuffled(self, sample: Sample, window: int) -> Sample:
         key = keyed(self.seed, "shuffle", self.spec.source, self.split, window)

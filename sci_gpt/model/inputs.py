@@ -62,6 +62,12 @@ class ModelInputs:
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
 
+    @property
+    def last_frames(self) -> Tensor:
+        """Positions of the tokens of each document's last frame, group by group, int64 (A,)."""
+        parts = [group.index[:, -group.slots :].reshape(-1) for group in self.groups]
+        return torch.cat(parts) if parts else self.frame[:0]
+
 
 def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
     """Tensors of a batch on `device`."""

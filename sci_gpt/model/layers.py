@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,10 @@ class Rotary:
         angle = torch.cat(angles, dim=1)
         return cls(cos=angle.cos(), sin=angle.sin())
 
+    def take(self, index: Tensor) -> Rotary:
+        """The angles of those tokens."""
+        return Rotary(cos=self.cos[index], sin=self.sin[index])
+
     def turn(self, x: Tensor) -> Tensor:
         """Rotate (T, heads, head_width)."""
         first, second = x.chunk(2, dim=-1)
@@ -63,12 +68,14 @@ def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tenso
     return frame[:, None] >= frame[None, :]
 
 
-def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
+def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...], pieces: int = 1) -> Tensor:
     """Each document attends by itself, frame-causally; positions outside every document give 0.
 
     Args:
         q, k, v: (T, heads, head_width).
         groups: documents by shape; there is no T x T mask anywhere.
+        pieces: stretches of frames that a document's queries are cut into, each of which meets no key after its own
+            last frame: less work, more calls, the same to float rounding.
 
     Returns:
         (T, heads, head_width).
@@ -80,12 +87,41 @@ def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]
             mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True)
         else:
             mask = frame_causal_mask(group.frames, group.slots, device=q.device)
-            mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, attn_mask=mask)
+            ends = [group.frames * piece // pieces * group.slots for piece in range(pieces + 1)]
+            mixes = [
+                F.scaled_dot_product_attention(
+                    of_q[:, :, start:end], of_k[:, :, :end], of_v[:, :, :end], attn_mask=mask[start:end, :end]
+                )
+                for start, end in pairwise(ends)
+                if end > start
+            ]
+            mixed = torch.cat(mixes, dim=2) if len(mixes) > 1 else mixes[0]
         parts.append(rearrange(mixed, "d h t c -> (d t) h c"))
         places.append(group.index.reshape(-1))
     if not parts:
         return torch.zeros_like(q) + 0.0 * (q + k + v)
     return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(parts))
+
+
+def attend_last(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
+    """The last frame of each document attends to the whole document, which is all before it: no mask is needed.
+
+    Args:
+        q: (A, heads, head_width), of the tokens of `ModelInputs.last_frames`, in that order.
+        k, v: (T, heads, head_width), of all tokens.
+        groups: documents by shape.
+
+    Returns:
+        (A, heads, head_width), what `attend` gives for those tokens.
+    """
+    parts, first = [], 0
+    for group in groups:
+        of_k, of_v = (rearrange(x[group.index], "d t h c -> d h t c") for x in (k, v))
+        count = len(group.index) * group.slots
+        of_q = rearrange(q[first : first + count], "(d s) h c -> d h s c", s=group.slots)
+        parts.append(rearrange(F.scaled_dot_product_attention(of_q, of_k, of_v), "d h s c -> (d s) h c"))
+        first += count
+    return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
 class Block(nn.Module):
@@ -106,11 +142,30 @@ class Block(nn.Module):
         self.up = nn.Linear(shape.width, shape.hidden, bias=False)
         self.down = nn.Linear(shape.hidden, shape.width, bias=False)
 
-    def forward(self, x: Tensor, *, rotary: Rotary, groups: tuple[DocumentGroup, ...]) -> Tensor:
-        """(T, width) to (T, width)."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: Rotary,
+        groups: tuple[DocumentGroup, ...],
+        asked: Tensor | None = None,
+        pieces: int = 1,
+    ) -> Tensor:
+        """(T, width) to (T, width); with `asked`, the positions of `ModelInputs.last_frames`, to theirs alone (A,
+        width). `pieces` as in `attend`.
+        """
         normed = self.attention_norm(x)
-        q, k, v = (rearrange(f(normed), "t (h c) -> t h c", h=self.heads) for f in (self.query, self.key, self.value))
-        q, k = rotary.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
-        x = x + self.output(rearrange(attend(q, k, v=v, groups=groups), "t h c -> t (h c)"))
+        asking = normed if asked is None else normed[asked]
+        q, k, v = (
+            rearrange(f(of), "t (h c) -> t h c", h=self.heads)
+            for f, of in ((self.query, asking), (self.key, normed), (self.value, normed))
+        )
+        q_angles = rotary if asked is None else rotary.take(asked)
+        q, k = q_angles.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
+        if asked is None:
+            mixed = attend(q, k, v=v, groups=groups, pieces=pieces)
+        else:
+            mixed = attend_last(q, k, v=v, groups=groups)
+        x = (x if asked is None else x[asked]) + self.output(rearrange(mixed, "t h c -> t (h c)"))
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))

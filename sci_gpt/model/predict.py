@@ -19,7 +19,7 @@ from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.tokens import Tokens
 from sci_tokenizers.variables import VARIABLE_NAMES, VARIABLES, inverse_transform
 
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 4096  # the arrays of a layer stay near the processor: 8192 took longer for each token
 _BEYOND = 1.5
 
 
@@ -53,13 +53,23 @@ class Predictor:
         Returns:
             Per sample float32 (levels, leads, frame_times, variable, row, column) in the variables' units.
         """
-        documents = [self._document(sample, num_context, leads=leads) for sample in samples]
+        return self.answers(self.documents(samples, num_context=num_context, leads=leads), levels=levels)
+
+    def documents(self, samples: Sequence[Sample], *, num_context: int, leads: tuple[int, ...]) -> list[Tokens]:
+        """The samples as documents that ask for `leads` (see `quantiles`).
+
+        Every predictor with these settings and statistics reads them alike: encode once, let each answer.
+        """
+        return [self._document(sample, num_context, leads=leads) for sample in samples]
+
+    def answers(self, documents: Sequence[Tokens], *, levels: tuple[float, ...]) -> list[np.ndarray]:
+        """Forecast quantiles of `documents` (see `quantiles`)."""
         out: list[np.ndarray] = []
         start = 0
         while start < len(documents):
             stop, length = start, 0
             while stop < len(documents) and (stop == start or length * (stop + 1 - start) <= _BATCH_TOKENS):
-                length = max(length, num_context * documents[stop].num_slots)
+                length = max(length, documents[stop].num_context * documents[stop].num_slots)
                 stop += 1
             out += self._predict(documents[start:stop], row_length=length, levels=levels)
             start = stop
@@ -81,7 +91,7 @@ class Predictor:
         for sample in samples:
             tokens = self._document(sample, num_context, leads=(1,))
             batch = collate([[tokens]], num_context * tokens.num_slots, context_only=True)
-            out.append(self.model.trunk(to_inputs(batch))[-tokens.num_slots :].float().numpy())
+            out.append(self.model.trunk(to_inputs(batch), last_frames=True)[-tokens.num_slots :].float().numpy())
         return out
 
     def _document(self, sample: Sample, num_context: int, *, leads: tuple[int, ...]) -> Tokens:
@@ -99,7 +109,7 @@ class Predictor:
     def _predict(self, documents: Sequence[Tokens], *, row_length: int, levels: tuple[float, ...]) -> list[np.ndarray]:
         inputs = to_inputs(collate([[tokens] for tokens in documents], row_length, context_only=True))
         self.model.eval()
-        predictions = self.model(inputs)
+        predictions = self.model(inputs, last_frames=True)
         wanted = torch.tensor(levels, dtype=torch.float32)
         arrays = {m: prediction_quantiles(p, wanted, settings=self.settings).numpy() for m, p in predictions.items()}
         taken = dict.fromkeys(arrays, 0)

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from sci_gpt.config import DataConfig, SourceConfig
-from sci_gpt.data.source import SourceSettings, digest, locate
-from sci_gpt.data.sources import make_source
-from sci_gpt.data.splits import DuplicateGuard, Era, SplitRule, check_eras
-from sci_gpt.data.statistics import TrainingStatistics
+from sci_gpt.data.build_job import Gathered, Job, gather, plan_jobs
+from sci_gpt.data.duplicates import DuplicateGuard
+from sci_gpt.data.in_place import FOLDER
+from sci_gpt.data.manifest import MANIFEST
+from sci_gpt.data.source import SourceSettings
+from sci_gpt.data.source_zarr import ZarrGrid
+from sci_gpt.data.sources import contents, file_bytes, make_source
+from sci_gpt.data.splits import Era, SplitRule, check_eras
 from sci_gpt.data.store import FORMAT_VERSION, SPLITS, Store
-from sci_gpt.data.store_writer import SplitWriter
+from sci_gpt.data.store_writer import check_files, publish, seal
 from sci_gpt.errors import ConfigError, DataError
+from sci_gpt.recipes.build_place import put_in_place, workplace
+from sci_gpt.recipes.build_workers import run_jobs
 from sci_gpt.recipes.data_card import CARD, write_card
 from sci_gpt.recipes.facts import store_facts
-from sci_tokenizers.sample import Sample, SampleError
-from sci_tokenizers.variables import UnknownVariableError
+
+_LONG_READ = 1_000_000_000  # bytes of files that are not hashed without a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,58 +80,79 @@ class BuildReport:
 
 
 def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport:
-    """Build the store that `config` describes at `config.output`.
+    """Build the store that `config` describes at `config.output`; for a URL in `data/NAME`, from where it is copied.
 
-    A store with the same fingerprint is kept; another one is replaced only after the new one is complete. When anything
-    fails the output folder is as it was.
+    A store with the same fingerprint is kept; another one is replaced only after the new one is complete. When the
+    build is refused the output folder is as it was. When it is killed, the jobs that were finished are found and kept
+    by the next build of the same files and splits, whose result is the same to the last bit.
 
     Args:
         config: the whole configuration.
         say: where progress lines go.
 
     Raises:
-        ConfigError: an era that does not exist.
-        DataError: files, units, splits or duplicates; the message names the source.
+        ConfigError: an era that does not exist; a scheduler that does not answer.
+        DataError: files, units, splits or duplicates; the message names the source. A URL that cannot be written.
     """
+    if isinstance(config.output, Path):
+        return _build(config, config.output, say=say)
+    here = Path("data") / config.name
+    say(f"build {config.name}: in {here}, to be copied to {config.output}")
+    report = _build(config, here, say=say)
+    copied = publish(here, config.output)
+    say(
+        f"build {config.name}: {copied / 1e6:,.1f} MB copied to {config.output}"
+        if copied
+        else f"build {config.name}: {config.output} holds this store already; kept"
+    )
+    return replace(report, path=config.output)
+
+
+def _build(config: DataConfig, output: Path, *, say: Callable[[str], None]) -> BuildReport:
     started = time.monotonic()
     rules = {source.name: split_rule(config, source) for source in config.sources}
     simulations = [source.name for source in config.sources if source.nature == "simulation"]
     check_eras(list(rules.values()), simulations=simulations, gap_days=config.calendar.gap_days)
-    settings = {source.name: source_settings(source) for source in config.sources}
+    settings = {source.name: source_settings(config, source) for source in config.sources}
     for row in settings.values():
         make_source(row)
-    files = {name: digest(locate(row)) for name, row in settings.items()}
+    size = sum(file_bytes(row) for row in settings.values())
+    if size > _LONG_READ:
+        say(f"build {config.name}: reading {size / 1e9:.1f} GB once for the fingerprint")
+    files = {name: contents(row) for name, row in settings.items()}
     fingerprint, made_of = fingerprint_of(config, files)
     say(
         f"build {config.name}: {len(settings)} sources, {sum(map(len, files.values()))} files, "
         f"fingerprint {fingerprint[:12]}"
     )
-    kept = _existing(config.output, fingerprint)
-    if kept is not None:
-        say(f"build {config.name}: {config.output} is already built from the same files and splits; kept")
-        return report_of(kept, kept=True, seconds=time.monotonic() - started)
-    partial = _partial_folder(config.output)
-    made = [folder for folder in partial.parents if not folder.exists()]
-    try:
-        _write(config, partial, rules=rules, files=files, fingerprint=(fingerprint, made_of), say=say)
-        _replace(partial, config.output)
-    except OSError as error:
-        raise DataError(
-            f"the store cannot be written to {str(config.output)!r}: {error}; free some space or mend the path "
-            "(nothing was changed there)"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()  # a failed build leaves no new empty folder behind
-    report = report_of(Store.open(config.output), kept=False, seconds=time.monotonic() - started)
+    with workplace(output, fingerprint) as folder:
+        kept = _existing(config, output, fingerprint=fingerprint, say=say)
+        if kept is not None:
+            say(f"build {config.name}: {output} is already built from the same files and splits; kept")
+            return report_of(kept, kept=True, seconds=time.monotonic() - started)
+        jobs = {
+            name: plan_jobs(
+                row,
+                rules[name],
+                shard_bytes=int(config.shard_megabytes * 1e6),
+                num_year=config.climatology_year_harmonics,
+                num_day=config.climatology_day_harmonics,
+            )
+            for name, row in settings.items()
+        }
+        run_jobs(config, [job for row in jobs.values() for job in row], folder=folder, say=say)
+        with threadpool_limits(1):  # as in the jobs: the same bits whoever builds
+            store = _put_together(
+                config, folder, output=output, jobs=jobs, say=say, files=files, fingerprint=(fingerprint, made_of)
+            )
+        put_in_place(store, output)
+    report = report_of(Store.open(output), kept=False, seconds=time.monotonic() - started)
     say(report.table())
-    say(f"build {config.name}: {config.output} in {report.seconds:.1f} s; its data card is {config.output / CARD}")
+    say(f"build {config.name}: {output} in {report.seconds:.1f} s; its data card is {output / CARD}")
     return report
 
 
-def source_settings(source: SourceConfig) -> SourceSettings:
+def source_settings(config: DataConfig, source: SourceConfig) -> SourceSettings:
     """What the reader needs to know of a configured source."""
     return SourceSettings(
         name=source.name,
@@ -134,6 +161,7 @@ def source_settings(source: SourceConfig) -> SourceSettings:
         package=source.package,
         files=source.files,
         options=source.options,
+        stretch_bytes=round(config.stretch_megabytes * 1e6),
     )
 
 
@@ -156,6 +184,7 @@ def split_rule(config: DataConfig, source: SourceConfig) -> SplitRule:
         by=split.by,
         era=Era(**eras[split.era].model_dump()) if split.era is not None else None,
         gap_days=(split.gap_days or config.calendar.gap_days) if timed else None,
+        buffer_km=split.buffer_km,
         valid=split.valid,
         test=split.test,
         empty=split.empty,
@@ -165,7 +194,7 @@ def split_rule(config: DataConfig, source: SourceConfig) -> SplitRule:
 def fingerprint_of(config: DataConfig, files: dict[str, dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """SHA-256 over the files' contents, how they are read and split, and the format version; not over names of folders,
     licences or the code's commit. Also what it is made of, by parts, so that a mismatch can be named."""
-    tree = config.model_dump(mode="json", exclude={"name", "output", "shard_megabytes"})
+    tree = config.model_dump(mode="json", exclude={"name", "output", "shard_megabytes", "build"})
     sources = {}
     for source in tree.pop("sources"):
         del source["licence"], source["citation"]
@@ -200,32 +229,39 @@ def report_of(store: Store, *, kept: bool, seconds: float) -> BuildReport:
     return BuildReport(path=str(store.path), fingerprint=store.fingerprint, kept=kept, seconds=seconds, rows=rows)
 
 
-def _write(
+def _put_together(
     config: DataConfig,
-    partial: Path,
+    jobs_folder: Path,
     *,
-    rules: dict[str, SplitRule],
+    output: Path,
+    jobs: dict[str, tuple[Job, ...]],
+    say: Callable[[str], None],
     files: dict[str, dict[str, str]],
     fingerprint: tuple[str, dict[str, Any]],
-    say: Callable[[str], None],
-) -> None:
-    started = time.monotonic()
-    partial.mkdir(parents=True)
+) -> Path:
+    """The store from the finished jobs, beside them: shards, statistics, card; the manifest is written last."""
+    folder = jobs_folder / "store"
+    shutil.rmtree(folder, ignore_errors=True)
     guard = DuplicateGuard()
-    sources, statistics, written = {}, {}, 0
-    for number, source in enumerate(config.sources, start=1):
-        sources[source.name], statistics[source.name] = _write_source(
-            config, source, folder=partial / source.name, rule=rules[source.name], guard=guard
-        )
+    sources, statistics = {}, {}
+    for source in config.sources:
+        found = gather(jobs[source.name], jobs_folder, folder=folder / source.name, guard=guard)
+        sources[source.name] = _manifest_row(source, jobs[source.name][0].rule, found=found)
         sources[source.name]["files"] = files[source.name]
-        spent = time.monotonic() - started
-        times = sum(row["times"] for row in sources[source.name]["splits"].values())
-        written += times
-        left = spent / number * (len(config.sources) - number)
-        say(
-            f"build {config.name}: {number}/{len(config.sources)} {source.name}: {times} times, "
-            f"{written / max(spent, 1e-9):,.0f} times/s, ETA {left:.0f} s"
-        )
+        settings, rule = jobs[source.name][0].settings, jobs[source.name][0].rule
+        for station, (held, km) in (rule.near or {}).items():
+            say(f"build {config.name}: {source.name}: station {station!r} is left out: {km:g} km from {held!r}")
+        reader = make_source(settings)
+        if isinstance(reader, ZarrGrid) and reader.is_in_place(settings):
+            notes = reader.note_in_place(settings, folder / source.name / FOLDER)
+            sources[source.name]["in_place"] = notes
+            for group, row in notes.items():
+                say(
+                    f"build {config.name}: {source.name}/{group} is read in place; one time of one tile decodes "
+                    f"{row['amplification']:g} bytes for each that it needs"
+                )
+        statistics[source.name] = {name: row.to_json() for name, row in found.statistics.finish().items()}
+    say(f"build {config.name}: comparing the splits for duplicates")
     guard.check()
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -236,85 +272,15 @@ def _write(
         "calendar": config.calendar.model_dump(mode="json"),
         "sources": sources,
     }
-    (partial / "statistics.json").write_text(json.dumps(statistics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    store = Store.open(partial)
-    write_card(store_facts(store) | {"path": str(config.output)}, partial / CARD)
+    (folder / "statistics.json").write_text(json.dumps(statistics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    seal(folder, manifest)
+    store = Store.open(folder)
+    write_card(store_facts(store) | {"path": str(output)}, folder / CARD)
     store.close()
+    return folder
 
 
-def _write_source(
-    config: DataConfig, source: SourceConfig, *, folder: Path, rule: SplitRule, guard: DuplicateGuard
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read, split and write one source; its row of the manifest and its statistics."""
-    settings = source_settings(source)
-    reader = make_source(settings)
-    packing = getattr(reader, "packing", lambda _: None)(settings)
-    size = int(config.shard_megabytes * 1e6)
-    first: Sample | None = None
-    training: TrainingStatistics | None = None
-    groups: dict[str, None] = {}
-    try:
-        with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(SplitWriter(folder / split, size, packing=packing)) for split in SPLITS
-            }
-            for sample in reader.read(settings):
-                if first is None:
-                    first = sample
-                    training = _empty_statistics(config, sample)
-                _same_shape(first, sample)
-                groups[sample.key.split("/")[1]] = None
-                for split, part in rule.parts(sample):
-                    # The split is a part of the key: two pieces of one stretch are two stretches of the store.
-                    piece = part if part is sample else replace(part, key=f"{part.key}/{split}")
-                    guard.add(piece, split)
-                    writers[split].add(piece)
-                    if split == "train" and training is not None:
-                        training.add(piece)
-    except (SampleError, UnknownVariableError) as error:
-        raise DataError(str(error)) from error
-    if first is None or training is None:
-        raise DataError(f"{settings.where}: its files hold no stretch")
-    rule.check_complete(groups=list(groups), times={split: writer.num_times for split, writer in writers.items()})
-    row = _manifest_row(source, rule, first=first, writers=writers)
-    return row, {channel: stats.to_json() for channel, stats in training.finish().items()}
-
-
-def _empty_statistics(config: DataConfig, sample: Sample) -> TrainingStatistics:
-    # A few events know no season: traces have no climatology.
-    cyclic = sample.modality != "trace"
-    return TrainingStatistics(
-        source=sample.source,
-        variables=sample.variables,
-        levels=sample.levels,
-        num_year=config.climatology_year_harmonics if cyclic else 0,
-        num_day=config.climatology_day_harmonics if cyclic else 0,
-        by_cell=sample.modality == "grid",
-    )
-
-
-def _same_shape(first: Sample, sample: Sample) -> None:
-    if sample.channels != first.channels or sample.values.shape[1:] != first.values.shape[1:]:
-        raise DataError(
-            f"source {sample.source!r}: all stretches have the channels and the grid of the first, {first.key!r} "
-            f"({', '.join(first.channels)}; {first.values.shape[2:]}), but {sample.key!r} has "
-            f"({', '.join(sample.channels)}; {sample.values.shape[2:]}); make it a source of its own"
-        )
-
-
-def _manifest_row(
-    source: SourceConfig, rule: SplitRule, *, first: Sample, writers: dict[str, SplitWriter]
-) -> dict[str, Any]:
-    splits = {
-        split: {
-            "stretches": writer.num_stretches,
-            "times": writer.num_times,
-            "missing_share": writer.num_missing / max(writer.num_values, 1),
-            "quality": writer.quality(),
-        }
-        for split, writer in writers.items()
-    }
+def _manifest_row(source: SourceConfig, rule: SplitRule, *, found: Gathered) -> dict[str, Any]:
     return {
         "modality": source.modality,
         "nature": source.nature,
@@ -322,46 +288,41 @@ def _manifest_row(
         "citation": source.citation,
         "reader": source.reader,
         "package": source.package,
-        "variables": list(first.variables),
-        "levels": [None if level != level else level for level in first.levels],
-        "shape": list(first.values.shape[1:]),
-        "step_seconds": first.step_seconds,
+        "variables": found.first["variables"],
+        "levels": found.first["levels"],
+        "shape": found.first["shape"],
+        "step_seconds": found.first["step_seconds"],
         "gap_days": rule.gap_days,
         "split": source.split.model_dump(mode="json"),
+        "within_buffer": {station: [held, round(km, 3)] for station, (held, km) in (rule.near or {}).items()},
         "options": source.model_dump(mode="json")["options"],
-        "splits": splits,
+        "splits": found.splits,
     }
 
 
-def _existing(output: Path, fingerprint: str) -> Store | None:
-    if not (output / "manifest.json").exists():
+def _existing(config: DataConfig, output: Path, *, fingerprint: str, say: Callable[[str], None]) -> Store | None:
+    """The store that is there already, whole and of the same files and splits; what else it says is brought up to date.
+
+    Another one, of another format or damaged, is replaced after the new one is complete.
+    """
+    if not (output / MANIFEST).exists():
         return None
     try:
         store = Store.open(output)
-    except DataError:
-        return None  # torn or of another format: it is replaced, after the new one is complete
-    return store if store.fingerprint == fingerprint else None
-
-
-def _partial_folder(output: Path) -> Path:
-    if output.exists() and not (output / "manifest.json").exists() and any(output.iterdir()):
-        raise DataError(f"{str(output)!r} holds files that are no data store; name another `output`")
-    return output.parent / f".{output.name}.partial-{os.getpid()}"
-
-
-def _replace(partial: Path, output: Path) -> None:
-    """Put the finished store in place; an old one is moved aside first and put back if that fails."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
-    output.rename(old)
-    try:
-        partial.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        if store.fingerprint != fingerprint:
+            return None
+        check_files(output)
+    except DataError as error:
+        say(f"build {config.name}: {output} cannot be kept: {error}")
+        return None
+    said = {row.name: {"licence": row.licence, "citation": row.citation} for row in config.sources}
+    rows = {name: row | said[name] for name, row in store.manifest["sources"].items()}
+    if rows != store.manifest["sources"]:
+        seal(output, store.manifest | {"sources": rows})
+        store = Store.open(output)
+        write_card(store_facts(store) | {"path": str(output)}, output / CARD)
+        say(f"build {config.name}: licences or citations were changed in {output}")
+    return store
 
 
 def _commit() -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from sci_gpt.config import PretrainConfig, parse_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import parse_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError, DataError
 from sci_gpt.recipes.card import Evaluation, card
@@ -22,7 +23,7 @@ CARD = "card.md"
 EVALUATION = Path("report") / "evaluation.json"
 
 
-def export(model: str, out: Path, *, data: Path | None = None) -> dict[str, Any]:
+def export(model: str, out: Path, *, data: Path | str | None = None) -> dict[str, Any]:
     """`sci-gpt export`: a run, a checkpoint, or what was exported or registered before, as a folder that stands alone.
 
     Args:
@@ -96,7 +97,7 @@ def export_model(
     return description
 
 
-def _export_checkpoint(checkpoint: Path, folder: Path, *, data: Path | None) -> Evaluation:
+def _export_checkpoint(checkpoint: Path, folder: Path, *, data: Path | str | None) -> Evaluation:
     """Export a checkpoint with the licences of its store and the scores of its run; what is known of the scores."""
     state = read_state(checkpoint)
     config = parse_config(dict(state["config"]), PretrainConfig, where=str(checkpoint))

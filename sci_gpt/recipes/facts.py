@@ -62,9 +62,12 @@ def _source(store: Store, name: str, *, settings: TokenizerSettings) -> dict[str
     slots = tokenizer.num_slots(store.shape(name))
     splits = {}
     for split in SPLITS:
-        records = store.stretches(name, split)
-        frames = int((records["num_times"] // tokenizer.frame_times).sum())
-        period = (float(records["start_time"].min()), float(records["end_time"].max())) if len(records) else None
+        frames, begins, closes = 0, [], []
+        for records, _ in store.shards(name, split):
+            frames += int((records["num_times"] // tokenizer.frame_times).sum())
+            begins.append(float(records["start_time"].min()))
+            closes.append(float(records["end_time"].max()))
+        period = (min(begins), max(closes)) if begins else None
         splits[split] = {
             **row["splits"][split],
             "tokens": frames * slots,
@@ -102,7 +105,7 @@ def _places(store: Store, name: str) -> dict[str, Any]:
     found: dict[tuple[float, ...], None] = {}
     unknown = 0
     for split in SPLITS:
-        for index in range(len(store.stretches(name, split))):
+        for index in range(store.num_stretches(name, split)):
             sample = store.read(name, split, index=index, start=0, stop=1)
             known = np.isfinite(sample.latitude) & np.isfinite(sample.longitude)
             if not known.any():
@@ -138,12 +141,12 @@ def _histograms(store: Store, name: str) -> dict[str, Any]:
 
 
 def _pieces(store: Store, name: str) -> Iterator[Sample]:
-    records = store.stretches(name, "train")
-    ends = np.cumsum(records["num_times"])
+    lengths = store.lengths(name, "train")
+    ends = np.cumsum(lengths)
     whole, per_time = int(ends[-1]), int(np.prod(store.shape(name)))
     times = max(1, min(_VALUES // (_PIECES * per_time), whole // _PIECES))
     for at in np.unique(np.linspace(0, max(whole - times, 0), _PIECES).astype(int)).tolist():
         index = int(np.searchsorted(ends, at, side="right"))
         start = at - (int(ends[index - 1]) if index else 0)
-        stop = min(start + times, int(records["num_times"][index]))
+        stop = min(start + times, int(lengths[index]))
         yield store.read(name, "train", index=index, start=start, stop=stop)

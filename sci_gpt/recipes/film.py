@@ -154,6 +154,7 @@ def extend_values(context: Sample, *, time: np.ndarray, year_phase: np.ndarray, 
     shape = (len(time), *context.values.shape[1:])
     return replace(
         context,
+        clipped=None,
         values=np.concatenate([context.values, np.zeros(shape, np.float32)]),
         valid=np.concatenate([context.valid, np.zeros(shape, bool)]),
         time=np.concatenate([context.time, time]),

@@ -11,7 +11,8 @@ import numpy as np
 import xarray as xr
 
 from sci_gpt.data.calendars import Clock, clock
-from sci_gpt.data.source_grid import YEAR_SECONDS, contiguous, coordinate, film, interval_ends, table_name, table_unit
+from sci_gpt.data.cf_grid import YEAR_SECONDS, coordinate, film, interval_ends, table_name, table_unit
+from sci_gpt.data.grid_blocks import contiguous
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.film import Column, Film, Notes, extend_values
 from sci_tokenizers.sample import Modality, Sample

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sci_gpt.data.calendars import posix_clock
-from sci_gpt.data.source_grid import nominal_step
+from sci_gpt.data.cf_grid import nominal_step
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.film import Column, Film, Notes, column_of, extend_values, refuse_missing, split_header
 from sci_gpt.recipes.table_guess import TableWords, read_table

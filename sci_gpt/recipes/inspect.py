@@ -10,9 +10,9 @@ import cftime
 import numpy as np
 import pandas as pd
 
+from sci_gpt.data.cf_grid import nominal_step, open_netcdf, physical_values
 from sci_gpt.data.series_sample import converted, in_range
 from sci_gpt.data.source_ghcn import ELEMENTS, read_dly
-from sci_gpt.data.source_grid import nominal_step, open_netcdf, physical_values
 from sci_gpt.data.source_series import read_table
 from sci_gpt.data.source_trace import COMPONENT, COMPONENTS, read_waveforms
 from sci_gpt.data.store import Store
@@ -45,8 +45,8 @@ def inspect_file(path: Path, family: str) -> dict[str, Any]:
     return {"family": family, "file": str(path), **FAMILIES[family](path)}
 
 
-def inspect_store(path: Path) -> dict[str, Any]:
-    """What a built store holds: the facts of its data card (see `facts.store_facts`).
+def inspect_store(path: Path | str) -> dict[str, Any]:
+    """What a built store, in a folder or behind a URL, holds: the facts of its data card (see `facts.store_facts`).
 
     Raises:
         DataError: no store there, or a damaged one.

@@ -18,7 +18,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig, parse_config
+from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig
+from sci_gpt.config_file import parse_config
 from sci_gpt.errors import CheckpointError, ConfigError, DataError, UnlikeTrainingWarning
 from sci_gpt.model.heads import GaussianHead, MixtureHead
 from sci_gpt.model.init import initialize
@@ -85,20 +86,23 @@ class LoadedModel:
     step: int
     code_version: str
 
-    def untrained(self) -> LoadedModel:
-        """The same shape, tokenizers and statistics at the weights that training started from."""
+    def untrained(self, *, trunk: bool = True) -> LoadedModel:
+        """The same shape, tokenizers and statistics at the weights that training started from.
+
+        Args:
+            trunk: False leaves the layers out, for the same forecasts sooner: an untrained head adds nothing to its
+                start whatever the trunk says.
+        """
         model = build_model(self.model.shape, self.model.settings)
         initialize(model, self.config.seed)
+        if not trunk:
+            model.blocks = torch.nn.ModuleList()
         predictor = Predictor(model.eval(), parts.tokenizer_settings(self.config), statistics=self.statistics)
         return replace(self, model=model, predictor=predictor, step=0)
 
     def anchor(self) -> LoadedModel:
-        """What the heads correct, alone: linear priors and autoregressions, nothing learned by gradients.
-
-        An untrained head adds nothing to them whatever the trunk says, so there is no trunk.
-        """
-        one = self.untrained()
-        one.model.blocks = torch.nn.ModuleList()
+        """What the heads correct, alone: linear priors and autoregressions, nothing learned by gradients, no trunk."""
+        one = self.untrained(trunk=False)
         for head in one.model.heads.values():
             assert isinstance(head, GaussianHead | MixtureHead)
             head.start_lean = 0.0

@@ -1,4 +1,4 @@
-"""Plan: what a run will take before it is launched: parameters, tokens, memory per process, FLOPs, checkpoint bytes."""
+"""Plan: what a run will take before it is launched: parameters, tokens, memory, FLOPs, reading, checkpoint."""
 
 from __future__ import annotations
 
@@ -10,22 +10,32 @@ import torch
 
 from sci_gpt.config import MixtureEntry, PhaseConfig, PretrainConfig
 from sci_gpt.data.store import Store
+from sci_gpt.errors import ConfigError
 from sci_gpt.model.loss import flops_per_token
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.recipes import parts
+from sci_gpt.recipes.reading import demand, describe_reading, reading
 from sci_tokenizers.table import make_tokenizer
 
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
 
-def plan(config: PretrainConfig) -> dict[str, Any]:
-    """What one step and one process take. Reads the store's manifest (document lengths), no data.
+def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, nodes: int = 1) -> dict[str, Any]:
+    """What one step and one process take. Reads the store's manifest and index, no data.
+
+    Args:
+        config: of the run.
+        tokens_per_second: of documents, as the whole run was seen to train (its progress line); None: what it could
+            reach at most, at seconds_per_step_at_least.
+        nodes: machines among which the processes are divided evenly.
 
     Returns:
         parameters: by part (context, embed, blocks, norm, heads) and total.
         phases: of each, until_step, tokens_per_step, rows_per_process, tokens_per_process (positions, the fill is below
-            1), activation_bytes, flops_per_step, seconds_per_step_at_least.
+            1), activation_bytes, flops_per_step, seconds_per_step_at_least; reading (`reading.reading`) with its
+            demand (`reading.demand`).
+        tokens_per_second_basis: what the demand's tokens per second are.
         tokens_per_step, rows_per_process, tokens_per_process, flops_per_step, seconds_per_step_at_least: the largest of
             the phases.
         tokens_per_run, flops_per_run, seconds_per_run_at_least: over all steps.
@@ -36,33 +46,29 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     Seconds are FLOPs / what a matrix product of this width reaches on one process here, now.
 
     Raises:
-        ConfigError, DataError: an unknown size, a layout that gives wrong numbers, no store.
+        ConfigError, DataError: an unknown size, a layout or a rate that gives wrong numbers, no store.
     """
+    _check_demand(config, tokens_per_second, nodes=nodes)
     shape, layout = parts.model_shape(config), parts.parallel_plan(config)
     with torch.device("meta"):
         model = SciGPT(shape, parts.model_settings(config))
-    by_part: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.partition(".")[0]
-        by_part[part] = by_part.get(part, 0) + parameter.numel()
+    by_part = _parameters(model)
     total = sum(by_part.values())
     states = {
         stage: model_state_bytes(total, layout.data_parallel, stage, dtype=layout.dtype) for stage in (0, 1, 2, 3)
     }
     phases = [_phase(config, phase, model=model) for phase in config.phases]
     largest = {name: max(phase[name] for phase in phases) for name in phases[0]}
+    _add_reading(config, phases, tokens_per_second=tokens_per_second, nodes=nodes)
     activations = largest["activation_bytes"]
-    steps = np.diff([0, *(phase.until_step for phase in config.phases)])
-    run = {
-        name: sum(int(count) * phase[f"{name}_per_step{end}"] for count, phase in zip(steps, phases, strict=True))
-        for name, end in (("tokens", ""), ("flops", ""), ("seconds", "_at_least"))
-    }
+    run = _of_run(config, phases)
     return {
         "name": config.name,
         "parameters": by_part | {"total": total},
         "processes": layout.data_parallel,
         "zero_stage": layout.zero_stage,
         "phases": phases,
+        "tokens_per_second_basis": "at most: a matrix product's rate here" if tokens_per_second is None else "as given",
         **{name: value for name, value in largest.items() if name not in ("until_step", "activation_bytes")},
         "tokens_per_run": run["tokens"],
         "flops_per_run": run["flops"],
@@ -75,6 +81,33 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "model_state_bytes_by_zero_stage": {str(stage): value for stage, value in states.items()},
         "checkpoint_bytes": _CHECKPOINT_BYTES * total,
     }
+
+
+def _parameters(model: SciGPT) -> dict[str, int]:
+    """Parameters by part."""
+    by_part: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        by_part[part] = by_part.get(part, 0) + parameter.numel()
+    return by_part
+
+
+def _of_run(config: PretrainConfig, phases: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens, FLOPs and least seconds over all steps."""
+    steps = np.diff([0, *(phase.until_step for phase in config.phases)])
+    return {
+        name: sum(int(count) * phase[f"{name}_per_step{end}"] for count, phase in zip(steps, phases, strict=True))
+        for name, end in (("tokens", ""), ("flops", ""), ("seconds", "_at_least"))
+    }
+
+
+def _add_reading(
+    config: PretrainConfig, phases: list[dict[str, Any]], *, tokens_per_second: float | None, nodes: int
+) -> None:
+    """What each phase reads, and how fast it must."""
+    for phase, read in zip(phases, reading(config, Store.open(config.data)), strict=True):
+        most = phase["tokens_per_step"] * read["packing"]["fill"] / phase["seconds_per_step_at_least"]
+        phase["reading"] = read | {"demand": demand(read, tokens_per_second or most, nodes=nodes)}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -90,6 +123,7 @@ def describe(result: dict[str, Any]) -> str:
             f"FLOPs per step       {phase['flops_per_step']:.3g}",
             f"seconds per step     at least {phase['seconds_per_step_at_least']:.3f} (a matrix product's rate here)",
         ]
+        lines += describe_reading(phase["reading"], basis=result["tokens_per_second_basis"])
     lines += [
         "the run" if several else "",
         f"tokens of the run    {result['tokens_per_run']:,}",
@@ -101,6 +135,13 @@ def describe(result: dict[str, Any]) -> str:
         f"checkpoint           {result['checkpoint_bytes'] / 1e6:.1f} MB",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _check_demand(config: PretrainConfig, tokens_per_second: float | None, *, nodes: int) -> None:
+    if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
+        raise ConfigError(f"--tokens-per-second must be more than 0, got {tokens_per_second}")
+    if nodes < 1 or config.parallel.processes % nodes:
+        raise ConfigError(f"--nodes must divide the {config.parallel.processes} processes of the run, got {nodes}")
 
 
 def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict[str, Any]:

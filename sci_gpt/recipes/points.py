@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from sci_gpt.config import PretrainConfig, load_config, parse_config, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config, parse_config, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.model.shapes import SHAPES
@@ -166,7 +167,7 @@ def tokens_of(config: PretrainConfig, state: dict[str, Any]) -> tuple[dict[str, 
     given = corpus.order.given_until(int(state["next_sample"]))
     eaten, distinct = {}, {}
     for spec, windows, length, count in zip(corpus.specs, corpus.windows, corpus.lengths, given, strict=True):
-        times = int(store.stretches(spec.source, "train")["num_times"].sum())
+        times = store.num_times(spec.source, "train")
         eaten[spec.source] = count * length
         distinct[spec.source] = times // windows.frame_times * (length // spec.frames)
     return eaten, distinct, {source: store.modality(source) for source in eaten}

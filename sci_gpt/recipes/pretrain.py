@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sci_gpt.config import PretrainConfig, load_config, show_config
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config, show_config
 from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.loader import packing_report
 from sci_gpt.data.splits import check_window
@@ -30,7 +31,7 @@ from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import Prefetch, StepReader
 from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.objective import NextFrame
-from sci_gpt.train.resume import code_version, where_to_go_on
+from sci_gpt.train.resume import Start, code_version, where_to_go_on
 from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker, write_whole
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.tracker import Tracker
@@ -61,13 +62,13 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     initialize(model, config.seed)
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
+    feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
     engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
         writer = _open_run(config, world, stack=stack, step=start.step)
-        reader = _reader(config, curriculum, rank=world.rank)
         state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
             _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
@@ -76,7 +77,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         trainer = Trainer(
             Parts(
                 engine=engine,
-                feed=Prefetch(reader),
+                feed=feed,
                 objective=NextFrame(settings=tokenizer, device=world.device),
                 journal=journal,
                 save=_saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker),
@@ -142,9 +143,13 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     )
 
 
-def _reader(config: PretrainConfig, curriculum: Curriculum, *, rank: int) -> StepReader:
+def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: Start) -> Prefetch:
+    """A rank's feed, which reads the first step already: it is there when the engine is."""
     place, threads = parts.place(config, rank=rank), config.parallel.threads_per_process
-    return StepReader(curriculum, place, settings=parts.tokenizer_settings(config), threads=threads)
+    feed = Prefetch(StepReader(curriculum, place, settings=parts.tokenizer_settings(config), threads=threads))
+    if start.step < config.schedule.steps:
+        feed.begin(start.step, start.next_sample)
+    return feed
 
 
 def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, checkpoint: Path | None) -> None:

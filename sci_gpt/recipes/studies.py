@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from sci_gpt.config import Node
+from sci_gpt.config import Node, Where
 
 
 def _refuse_twice(what: str, values: tuple[object, ...]) -> None:
@@ -94,7 +94,7 @@ class TransferConfig(Node):
     name: str
     output: Path
     pretrain: Path
-    data: Path
+    data: Where
     tasks: tuple[TransferTask, ...] = Field(min_length=1)
     examples: tuple[int, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)

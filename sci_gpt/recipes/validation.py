@@ -32,7 +32,7 @@ class Validation:
         self.config, self.store, self.world = config, store, world
         self.settings = tokenizer_settings(config)
         specs = window_specs(config)
-        self.absent = tuple(spec.source for spec in specs if not len(store.stretches(spec.source, "valid")))
+        self.absent = tuple(spec.source for spec in specs if not store.num_stretches(spec.source, "valid"))
         if self.absent and world.rank == 0:  # so that nobody reads their modality's skill as theirs
             print(f"no validation windows: {', '.join(self.absent)} (empty by the data configuration)", flush=True)
         present = [spec for spec in specs if spec.source not in self.absent]

@@ -140,17 +140,20 @@ class Prefetch:
     def __init__(self, read: Callable[[int, int], StepRows]) -> None:
         self._read = read
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._coming: tuple[tuple[int, int], Future[StepRows]] | None = None
+        self._coming: dict[tuple[int, int], Future[StepRows]] = {}
+
+    def begin(self, step: int, n: int) -> None:
+        """Start reading a step before it is asked for: a run's first one is read while its engine is made."""
+        self._coming = {(step, n): self._pool.submit(self._read, step, n)}
 
     def get(self, step: int, n: int) -> tuple[StepRows, float]:
         """The step that follows `step` completed ones and starts at sample n, and the seconds waited for it."""
         start = time.monotonic()
-        if self._coming is None or self._coming[0] != (step, n):
-            self._coming = ((step, n), self._pool.submit(self._read, step, n))
-        rows = self._coming[1].result()
+        if (step, n) not in self._coming:
+            self.begin(step, n)
+        rows = self._coming[step, n].result()
         waited = time.monotonic() - start
-        coming = (step + 1, rows.next_sample)
-        self._coming = (coming, self._pool.submit(self._read, *coming))
+        self.begin(step + 1, rows.next_sample)
         return rows, waited
 
     def close(self) -> None:

@@ -50,6 +50,11 @@ class Progress:
             flush=True,
         )
 
+    def end(self, wait_seconds: float, seconds: float) -> None:
+        """Print the share of the run's steps that was waiting for data."""
+        share = 100 * wait_seconds / seconds
+        print(f"waits for data {share:.2f} % of {seconds:.1f} s of steps", file=self.stream, flush=True)
+
     def line(self, record: Mapping[str, Any], seconds: float) -> str:
         """The line for the steps counted in the last `seconds`."""
         left = (self.steps - record["step"]) * seconds / self._counted
@@ -59,7 +64,7 @@ class Progress:
             f"{self._tokens / seconds:,.0f} tokens/s",
             f"ETA {int(left) // 60}:{int(left) % 60:02d}",
             f"loss {loss}",
-            f"waits for data {100 * self._wait / seconds:.0f} %",
+            f"waits for data {100 * self._wait / seconds:.1f} %",
         ]
         if self.skill:
             parts.insert(4, "skill " + " ".join(f"{name} {value:+.3f}" for name, value in sorted(self.skill.items())))
@@ -80,6 +85,7 @@ class RunJournal:
 
     def __init__(self, run: Path, *, rank: int, progress: Progress, tracker: Tracker | None) -> None:
         self.rank, self.progress, self.tracker = rank, progress, tracker
+        self._run = run
         self._keys = LineLog(keys_log(run, rank))
         self._log = LineLog(run / LOG) if rank == 0 else None
 
@@ -106,10 +112,14 @@ class RunJournal:
             self.tracker.metrics(step, validation_metrics(scores))
 
     def close(self) -> None:
-        """Bring the logs to the disk."""
+        """Bring the logs to the disk; say how long the run's steps, earlier sessions' too, waited for data."""
         self._keys.close()
-        if self._log is not None:
-            self._log.close()
+        if self._log is None:
+            return
+        self._log.close()
+        steps = [row for row in read_lines(self._run / LOG) if "validation" not in row]
+        if steps:
+            self.progress.end(sum(row["wait_seconds"] for row in steps), sum(row["seconds"] for row in steps))
 
 
 def history(run: Path) -> list[tuple[int, dict[str, float]]]:
@@ -133,6 +143,7 @@ def step_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         "learning_rate": record["learning_rate"],
         "tokens_per_second": record["tokens"] / record["seconds"],
         "wait_seconds": record["wait_seconds"],
+        "wait_share": record["wait_seconds"] / record["seconds"],
         "passed_over": record["passed_over"],
         "passed_over_so_far": record.get("passed_over_so_far"),  # absent in logs of older runs
         "skipped": float(not record["applied"]),

@@ -51,6 +51,8 @@ class Sample:
             calendar.
         step_seconds: nominal step of the time axis in seconds.
         latitude, longitude, elevation: float32 (row, column), degrees north, degrees east, m; NaN where unknown.
+        clipped: bool (time,), where a reader saw the recorder at its limit in a raw record whose filtered values no
+            longer show it; None where nobody looked. It judges quality and is stored as spans, not with the values.
     """
 
     key: str
@@ -67,49 +69,80 @@ class Sample:
     latitude: np.ndarray
     longitude: np.ndarray
     elevation: np.ndarray
+    clipped: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        where = f"sample {self.key!r} of source {self.source!r}"
+        self._check_place()
+        self._check_film()
+
+    def filmed(
+        self, values: np.ndarray, valid: np.ndarray, *, time: np.ndarray, year_phase: np.ndarray, day_phase: np.ndarray
+    ) -> Sample:
+        """Other times of the same place: what both have in common was checked when this sample was made.
+
+        Raises:
+            SampleError: what is new breaks a rule.
+        """
+        film = {"values": values, "valid": valid, "time": time, "year_phase": year_phase, "day_phase": day_phase}
+        other = object.__new__(Sample)
+        other.__dict__.update(self.__dict__, **film)
+        if values.shape[1:] != self.values.shape[1:]:
+            raise SampleError(f"{self._where}: a time has shape {self.values.shape[1:]}, got {values.shape[1:]}")
+        other._check_film()
+        return other
+
+    @property
+    def _where(self) -> str:
+        return f"sample {self.key!r} of source {self.source!r}"
+
+    def _check_place(self) -> None:
+        """What does not depend on time: modality, variables, shapes, place."""
         if self.modality not in MODALITIES:
-            raise SampleError(f"{where}: modality is one of {MODALITIES}, got {self.modality!r}")
+            raise SampleError(f"{self._where}: modality is one of {MODALITIES}, got {self.modality!r}")
         for name in self.variables:
             if name not in VARIABLES:
-                raise UnknownVariableError(name, where)
+                raise UnknownVariableError(name, self._where)
         if self.values.ndim != 4:
-            raise SampleError(f"{where}: values are (time, variable, row, column), got shape {self.values.shape}")
-        times, variables, rows, columns = self.values.shape
-        expected = {
-            "valid": (times, variables, rows, columns),
-            "time": (times,),
-            "year_phase": (times,),
-            "day_phase": (times,),
-            "latitude": (rows, columns),
-            "longitude": (rows, columns),
-            "elevation": (rows, columns),
-        }
-        for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
-                raise SampleError(f"{where}: {name} has shape {shape}, got {getattr(self, name).shape}")
+            raise SampleError(f"{self._where}: values are (time, variable, row, column), got shape {self.values.shape}")
+        _, variables, rows, columns = self.values.shape
+        for name in ("latitude", "longitude", "elevation"):
+            if getattr(self, name).shape != (rows, columns):
+                raise SampleError(f"{self._where}: {name} has shape {(rows, columns)}, got {getattr(self, name).shape}")
         if len(self.variables) != variables or len(self.levels) != variables:
-            raise SampleError(f"{where}: {variables} variables, got names {self.variables} and levels {self.levels}")
-        if self.values.dtype != np.float32 or self.valid.dtype != np.bool_:
             raise SampleError(
-                f"{where}: values are float32 and valid bool, got {self.values.dtype} and {self.valid.dtype}"
+                f"{self._where}: {variables} variables, got names {self.variables} and levels {self.levels}"
             )
         if self.modality == "series" and (rows, columns) != (1, 1):
-            raise SampleError(f"{where}: a series has one place, got {rows} x {columns}")
-        if times > 1 and not (np.diff(self.time) > 0).all():
-            at = int(np.argmin(np.diff(self.time)))
-            raise SampleError(f"{where}: time must increase, but step {at} -> {at + 1} goes {np.diff(self.time)[at]} s")
+            raise SampleError(f"{self._where}: a series has one place, got {rows} x {columns}")
         if not self.step_seconds > 0:
-            raise SampleError(f"{where}: step_seconds must be positive, got {self.step_seconds}")
+            raise SampleError(f"{self._where}: step_seconds must be positive, got {self.step_seconds}")
         latitude = self.latitude[np.isfinite(self.latitude)]
         if latitude.size and np.abs(latitude).max() > 90:
             raise SampleError(
-                f"{where}: latitude is within -90..90 degrees, got {latitude.flat[np.abs(latitude).argmax()]}"
+                f"{self._where}: latitude is within -90..90 degrees, got {latitude.flat[np.abs(latitude).argmax()]}"
             )
-        if not np.isfinite(self.values).all():
-            raise SampleError(f"{where}: values must be finite (0 where not valid)")
+
+    def _check_film(self) -> None:
+        """What has a time axis: shapes, types, increasing time, finite values."""
+        values, valid, time = self.values, self.valid, self.time
+        times = values.shape[0]
+        if valid.shape != values.shape:
+            raise SampleError(f"{self._where}: valid has shape {values.shape}, got {valid.shape}")
+        if not time.shape == self.year_phase.shape == self.day_phase.shape == (times,):
+            shapes = time.shape, self.year_phase.shape, self.day_phase.shape
+            raise SampleError(f"{self._where}: time, year_phase and day_phase have shape {(times,)}, got {shapes}")
+        if values.dtype != np.float32 or valid.dtype != np.bool_:
+            raise SampleError(f"{self._where}: values are float32 and valid bool, got {values.dtype} and {valid.dtype}")
+        if self.clipped is not None and (self.clipped.shape != (times,) or self.clipped.dtype != np.bool_):
+            raise SampleError(
+                f"{self._where}: clipped is bool of shape {(times,)}, got {self.clipped.dtype} {self.clipped.shape}"
+            )
+        if not np.logical_and.reduce(time[1:] > time[:-1]):
+            steps = np.diff(time)
+            at = int(np.argmin(steps))
+            raise SampleError(f"{self._where}: time must increase, but step {at} -> {at + 1} goes {steps[at]} s")
+        if not np.logical_and.reduce(np.isfinite(values), axis=None):
+            raise SampleError(f"{self._where}: values must be finite (0 where not valid)")
 
     @property
     def num_times(self) -> int:
@@ -133,4 +166,5 @@ class Sample:
             time=self.time[cut],
             year_phase=self.year_phase[cut],
             day_phase=self.day_phase[cut],
+            clipped=None if self.clipped is None else self.clipped[cut],
         )
