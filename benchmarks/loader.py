@@ -115,8 +115,6 @@ def write_all(names: list[str], pythons: dict[str, Path], *, kilobytes: int, cou
         windows[number] = 280.0 + random.standard_normal(windows.shape[1:], np.float32)
     windows.flush()
     for name in names:
-        if name == PLAIN:
-            continue
         folder = scratch / name
         folder.mkdir()
         command = [str(pythons[name]), "benchmarks/loader_systems.py", "write", name, str(source), str(folder)]
@@ -160,7 +158,7 @@ def measure(
                     Reader(
                         name,
                         pythons[name],
-                        folder=scratch / ("webdataset" if name == PLAIN else name),
+                        folder=scratch / name,
                         workers=workers,
                         window_bytes=kilobytes << 10,
                     )

@@ -96,10 +96,28 @@ class Ours:
 
 
 class Plain:
-    """A sequential loop over webdataset's shards with `tarfile` that returns each member's bytes, nothing decoded."""
+    """A sequential loop over tars with `tarfile` that returns each member's bytes, nothing decoded.
+
+    The tars are its own: webdataset's have a second header per member (PAX, for the fraction of its time), with which
+    the loop takes nearly twice as long.
+    """
 
     def __init__(self, folder: Path, workers: int, *, window_bytes: int) -> None:
         self.paths = sorted(folder.glob("*.tar"))
+
+    @staticmethod
+    def write(windows: np.ndarray, folder: Path) -> None:
+        """A `.npy` per window, one header each."""
+        per_shard = max(1, SHARD_BYTES // windows[0].nbytes)
+        for first in range(0, len(windows), per_shard):
+            with tarfile.open(folder / f"shard-{first:08d}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+                for number in range(first, min(first + per_shard, len(windows))):
+                    content = io.BytesIO()
+                    np.save(content, windows[number], allow_pickle=False)
+                    entry = tarfile.TarInfo(f"{number:08d}.npy")
+                    entry.size = content.tell()
+                    content.seek(0)
+                    tar.addfile(entry, content)
 
     def epoch(self) -> Iterator[bytes]:
         """The bytes of every member once."""
