@@ -8,6 +8,7 @@ from typing import Any
 from sci_gpt.config import PretrainConfig
 from sci_gpt.data.curriculum import Curriculum, Phase
 from sci_gpt.data.faults import Patience
+from sci_gpt.data.loader import Corpus, packing_report
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import WindowSpec
 from sci_gpt.errors import ConfigError
@@ -58,6 +59,17 @@ def curriculum(config: PretrainConfig, store: Store, *, starts: Sequence[int] = 
         shuffle_block=config.shuffle_block,
         shuffle_time=config.shuffle_time,
         starts=starts,
+    )
+
+
+def packing(config: PretrainConfig, phase: Phase, *, corpus: Corpus) -> dict[str, float]:
+    """How well a phase's rows are packed, and dealt to the run's ranks (`packing_report`)."""
+    return packing_report(
+        corpus,
+        rows=phase.rows,
+        row_length=phase.row_length,
+        ranks=config.parallel.processes,
+        accumulation=config.parallel.accumulation,
     )
 
 

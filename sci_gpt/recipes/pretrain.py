@@ -13,7 +13,6 @@ from typing import Any
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config, show_config
 from sci_gpt.data.curriculum import Curriculum
-from sci_gpt.data.loader import packing_report
 from sci_gpt.data.splits import check_window
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
@@ -155,13 +154,7 @@ def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: S
 def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, checkpoint: Path | None) -> None:
     facts = [f"{config.name}: {num_parameters:,} parameters"]
     for phase, corpus in zip(curriculum.phases, curriculum.corpora, strict=True):
-        packing = packing_report(
-            corpus,
-            rows=phase.rows,
-            row_length=phase.row_length,
-            ranks=config.parallel.processes,
-            accumulation=config.parallel.accumulation,
-        )
+        packing = parts.packing(config, phase, corpus=corpus)
         until = f"to step {phase.until_step}: " if len(curriculum.phases) > 1 else ""
         facts += [
             f"{until}{phase.rows} rows x {phase.row_length} tokens per step",

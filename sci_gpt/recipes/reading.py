@@ -8,7 +8,7 @@ import numpy as np
 
 from sci_gpt.config import PretrainConfig
 from sci_gpt.data.curriculum import Phase
-from sci_gpt.data.loader import Corpus, packing_report
+from sci_gpt.data.loader import Corpus
 from sci_gpt.data.store import Store
 from sci_gpt.data.stretch import window_bytes
 from sci_gpt.recipes import parts
@@ -46,13 +46,7 @@ def demand(phase: dict[str, Any], tokens_per_second: float, *, nodes: int) -> di
 
 
 def _phase(config: PretrainConfig, phase: Phase, *, corpus: Corpus) -> dict[str, Any]:
-    packing = packing_report(
-        corpus,
-        rows=phase.rows,
-        row_length=phase.row_length,
-        ranks=config.parallel.processes,
-        accumulation=config.parallel.accumulation,
-    )
+    packing = parts.packing(config, phase, corpus=corpus)
     weight = sum(spec.weight for spec in phase.specs)
     sources = {
         spec.source: {"share": spec.weight / weight} | _source(corpus, number)
