@@ -9,7 +9,7 @@ import numpy as np
 from sci_evals.baseline import Baseline, Forecast
 from sci_evals.climatology import Climatology
 from sci_evals.windowset import WindowSet
-from sci_tokenizers.autoregression import burg, error_spread, newest, step_coefficients
+from sci_tokenizers.autoregression import burg, error_spread, newest, one_step_errors, step_coefficients
 
 _CHUNK = 128
 
@@ -93,10 +93,12 @@ class AutoRegression(InContextBaseline):
         order = max(1, min(self.order, context.shape[1] // 4))
         level = np.where(known, context, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
         anomaly = np.where(known, context - level[:, None], 0.0)
-        weights = step_coefficients(burg(anomaly, (order,))[order], int(steps.max()))
+        coefficients = burg(anomaly, (order,))[order]
+        weights = step_coefficients(coefficients, int(steps.max()))
         state = newest(anomaly, np.array([context.shape[1] - 1]), order=order)[:, 0]
         ahead = np.einsum("bk,bsk->bs", state, weights)
-        spread = error_spread(anomaly, known, weights=weights)
+        single = one_step_errors(anomaly, coefficients=coefficients)
+        spread = error_spread(single[None], known, weights=weights[None], orders=np.array([order]))[0]
         return level[:, None] + ahead[:, steps - 1], spread[:, steps - 1]
 
 

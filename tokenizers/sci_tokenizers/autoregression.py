@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 # The weight of an order in the average is its past errors to this power, negative. On the training and validation
 # records of the quickstart 8 beats AR(32) on every one of them, equal weights on all but two.
@@ -59,20 +60,14 @@ def own_forecast(
     for first in range(0, len(origins), refit):
         asking = slice(first, first + refit)
         past = int(origins[first]) + 1
-        members = [
-            _member(
-                series, known, order=order, coefficients=coefficients, past=past, origins=origins[asking], steps=steps
-            )
-            for order, coefficients in burg(series[:, :past], usable(orders, past)).items()
-        ]
-        errors = np.log(np.stack([member.spread for member in members]))  # order B origin step
+        fitted = burg(series[:, :past], usable(orders, past))
+        members = _members(series, known, fitted=fitted, past=past, origins=origins[asking], steps=steps)
+        errors = np.log(members.spread)
         weight = np.exp(-_SHARPNESS * (errors - errors.min(axis=0)))
         weight /= weight.sum(axis=0)
-        mean[:, asking] = (weight * np.stack([member.mean for member in members])).sum(axis=0)
+        mean[:, asking] = (weight * members.mean).sum(axis=0)
         spread[:, asking] = np.exp((weight * errors).sum(axis=0))
-        volatility[:, asking] = (weight.mean(axis=-1)[..., None] * np.stack([m.volatility for m in members])).sum(
-            axis=0
-        )
+        volatility[:, asking] = (weight.mean(axis=-1)[..., None] * members.volatility).sum(axis=0)
     return OwnForecast(mean=mean, spread=spread, volatility=volatility)
 
 
@@ -82,32 +77,36 @@ def usable(orders: tuple[int, ...], past: int) -> tuple[int, ...]:
     return tuple(order for order in orders if order <= most) or (most,)
 
 
-def _member(
+def _members(
     series: np.ndarray,
     known: np.ndarray,
     *,
-    order: int,
-    coefficients: np.ndarray,
+    fitted: dict[int, np.ndarray],
     past: int,
     origins: np.ndarray,
     steps: np.ndarray,
 ) -> OwnForecast:
-    """One order's forecast; the spread is the same at every origin."""
-    weights = step_coefficients(coefficients, int(steps.max()))
-    states = newest(series, origins, order=order)
-    spread = np.maximum(error_spread(series[:, :past], known[:, :past], weights=weights), _SPREAD_FLOOR)
-    return OwnForecast(
-        mean=(states @ weights.transpose(0, 2, 1))[:, :, steps - 1],
-        spread=np.repeat(spread[:, None, steps - 1], len(origins), axis=1),
-        volatility=_volatility(series, known, coefficients=coefficients, origins=origins),
-    )
+    """Every order's forecast, an axis of orders first; the spread is the same at every origin.
 
-
-def _volatility(series: np.ndarray, known: np.ndarray, *, coefficients: np.ndarray, origins: np.ndarray) -> np.ndarray:
-    """`recent_errors` of the one-step forecasts with these coefficients (B, order)."""
+    Args:
+        fitted: of `burg`. All orders are worked out at once, shorter ones filled up with zeros.
+    """
+    orders, batch = np.array(list(fitted)), len(series)
+    padded = np.zeros((len(orders), batch, orders[-1]))
+    for row, coefficients in zip(padded, fitted.values(), strict=True):
+        row[:, : coefficients.shape[1]] = coefficients
+    flat, most = padded.reshape(len(orders) * batch, orders[-1]), int(steps.max())  # (order B) lag
+    weights = step_coefficients(flat, most).reshape(len(orders), batch, most, orders[-1])
     end = int(origins[-1]) + 1
-    errors = one_step_errors(series[:, :end], coefficients=coefficients)
-    return recent_errors(errors**2, known[:, :end], origins=origins)
+    single = np.stack([one_step_errors(series[:, :end], coefficients=rows) for rows in fitted.values()])
+    spread = error_spread(single[..., :past], known[:, :past], weights=weights, orders=orders)
+    squares = (single**2).reshape(len(orders) * batch, end)
+    volatility = recent_errors(squares, np.tile(known[:, :end], (len(orders), 1)), origins=origins)
+    return OwnForecast(
+        mean=newest(series, origins, order=orders[-1]) @ weights[:, :, steps - 1].swapaxes(2, 3),
+        spread=np.repeat(np.maximum(spread, _SPREAD_FLOOR)[:, :, None, steps - 1], len(origins), axis=2),
+        volatility=volatility.reshape(*padded.shape[:2], *volatility.shape[1:]),
+    )
 
 
 def recent_errors(squares: np.ndarray, known: np.ndarray, *, origins: np.ndarray) -> np.ndarray:
@@ -149,8 +148,8 @@ def burg(series: np.ndarray, orders: tuple[int, ...]) -> dict[int, np.ndarray]:
     polynomial[:, 0] = 1.0
     out = {}
     for k in range(orders[-1]):
-        power = (forward**2 + backward**2).sum(axis=1)
-        reflection = (-2.0 * (forward * backward).sum(axis=1) / np.where(power > 0, power, 1.0))[:, None]
+        power = np.vecdot(forward, forward) + np.vecdot(backward, backward)
+        reflection = (-2.0 * np.vecdot(forward, backward) / np.where(power > 0, power, 1.0))[:, None]
         polynomial[:, : k + 2] += reflection * polynomial[:, k + 1 :: -1][:, : k + 2]
         forward, backward = (forward + reflection * backward)[:, 1:], (backward + reflection * forward)[:, :-1]
         if k + 1 in orders:
@@ -188,25 +187,26 @@ def one_step_errors(series: np.ndarray, *, coefficients: np.ndarray) -> np.ndarr
     return out
 
 
-def error_spread(series: np.ndarray, known: np.ndarray, *, weights: np.ndarray) -> np.ndarray:
-    """Root mean square of the errors 1 .. steps ahead inside the series itself, float64 (B, steps).
+def error_spread(single: np.ndarray, known: np.ndarray, *, weights: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Root mean square of the errors 1 .. steps ahead inside the series itself, float64 (O, B, steps).
 
     An error k steps ahead is the k one-step errors since, weighted with the impulse response. The variance is raised by
     (n + p) / (n - p), since the coefficients were fitted to the same samples (Akaike 1969).
 
     Args:
-        series, known: (B, time).
-        weights: of `step_coefficients`, (B, steps, order).
+        single: (O, B, time), of `one_step_errors`, for each of the `orders` (O,).
+        known: bool (B, time).
+        weights: of `step_coefficients`, (O, B, steps, lags).
     """
-    batch, steps, order = weights.shape
-    length = series.shape[1]
-    single = one_step_errors(series, coefficients=weights[:, 0])
-    response = np.concatenate([np.ones((batch, 1)), weights[:, :-1, 0]], axis=1)  # psi_0 .. psi_(steps - 1)
-    # errors[:, k, t]: k + 1 steps ahead, of target t
-    errors = response[:, :, None] * single[:, None]
-    for k in range(1, steps):
-        errors[:, k, k:] = errors[:, k - 1, k:] + response[:, k, None] * single[:, : length - k]
-    whole = np.arange(length) >= order + np.arange(steps)[:, None]  # the origin has a whole state before it
-    seen = (whole & known[:, None]).astype(np.float64)
-    variance = np.einsum("bkt,bkt,bkt->bk", errors, errors, seen) / np.maximum(seen.sum(axis=2), 1)
-    return np.sqrt(variance * (length + order) / max(length - order, 1))
+    steps, length = weights.shape[2], single.shape[2]
+    response = np.concatenate([np.ones_like(weights[..., :1, 0]), weights[..., :-1, 0]], axis=-1)  # psi_0 ..
+    lag = np.tri(steps) * response[..., None, :]  # order B step lag
+    before = np.concatenate([np.zeros((*single.shape[:2], steps - 1)), single], axis=-1)
+    lagged = sliding_window_view(before, length, axis=-1)[..., ::-1, :]  # order B lag time
+    errors = lag @ lagged  # order B step time
+    # the origin has a whole state before it
+    whole = np.arange(length) >= orders[:, None, None] + np.arange(steps)[:, None]  # order step time
+    seen = (whole[:, None] & known[:, None]).astype(np.float64)
+    variance = np.einsum("obkt,obkt,obkt->obk", errors, errors, seen) / np.maximum(seen.sum(axis=3), 1)
+    raised = (length + orders) / np.maximum(length - orders, 1)
+    return np.sqrt(variance * raised[:, None, None])
