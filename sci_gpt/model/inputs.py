@@ -63,6 +63,11 @@ class ModelInputs:
     groups: tuple[DocumentGroup, ...]
 
     @property
+    def by_document(self) -> Tensor:
+        """Positions that hold a token, document after document, group by group, int64: how the layers lay them out."""
+        return torch.cat([group.index.reshape(-1) for group in self.groups]) if self.groups else self.frame[:0]
+
+    @property
     def last_frames(self) -> Tensor:
         """Positions of the tokens of each document's last frame, group by group, int64 (A,)."""
         parts = [group.index[:, -group.slots :].reshape(-1) for group in self.groups]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,30 @@ from torch import Tensor, nn
 
 from sci_gpt.model.inputs import DocumentGroup, ModelInputs
 from sci_gpt.model.shapes import ModelShape
+
+_EPSILON = 1e-6
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm on a CPU, which has no kernel of its own: a third less passes over the values than autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """x / rms(x) * weight, over the last axis."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(length * length / x.shape[-1] + _EPSILON)
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and weight."""
+        unit, scale, weight = ctx.saved_tensors
+        product = gradient * unit
+        along = (product @ weight)[..., None] / unit.shape[-1]
+        of_x = torch.addcmul(gradient * weight, unit, along, value=-1.0).mul_(scale)
+        return of_x, product.flatten(0, -2).sum(0)
 
 
 class RMSNorm(nn.Module):
@@ -23,17 +49,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=1e-6)
+        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+            normed: Tensor = _Norm.apply(x, self.weight)
+            return normed
+        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=_EPSILON)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """cos and sin of the rotary angles of each token, (T, head_width / 2): half of the pairs turn with the frame, a
-    quarter
-    each with the patch row and column (Su et al. 2021, on three axes)."""
+    """The rotary angles of each token as complex numbers of length 1, (T, head_width / 2): half of the pairs turn with
+    the frame, a quarter each with the patch row and column (Su et al. 2021, on three axes)."""
 
-    cos: Tensor
-    sin: Tensor
+    phase: Tensor
 
     @classmethod
     def of(cls, inputs: ModelInputs, head_width: int) -> Rotary:
@@ -49,17 +76,16 @@ class Rotary:
             frequency = 1000.0 ** (-torch.arange(count, device=position.device, dtype=torch.float32) / count)
             angles.append(position[:, None].float() * frequency)
         angle = torch.cat(angles, dim=1)
-        return cls(cos=angle.cos(), sin=angle.sin())
+        return cls(phase=torch.polar(torch.ones_like(angle), angle))
 
     def take(self, index: Tensor) -> Rotary:
         """The angles of those tokens."""
-        return Rotary(cos=self.cos[index], sin=self.sin[index])
+        return Rotary(phase=self.phase[index])
 
     def turn(self, x: Tensor) -> Tensor:
-        """Rotate (T, heads, head_width)."""
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = self.cos[:, None].to(x.dtype), self.sin[:, None].to(x.dtype)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        """Rotate (T, heads, head_width), neighbouring channels as a pair."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.phase[:, None]).flatten(-2).to(x.dtype)
 
 
 def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tensor:
@@ -69,10 +95,10 @@ def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tenso
 
 
 def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...], pieces: int = 1) -> Tensor:
-    """Each document attends by itself, frame-causally; positions outside every document give 0.
+    """Each document attends by itself, frame-causally.
 
     Args:
-        q, k, v: (T, heads, head_width).
+        q, k, v: (T, heads, head_width), laid out as `ModelInputs.by_document`.
         groups: documents by shape; there is no T x T mask anywhere.
         pieces: stretches of frames that a document's queries are cut into, each of which meets no key after its own
             last frame: less work, more calls, the same to float rounding.
@@ -80,9 +106,8 @@ def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]
     Returns:
         (T, heads, head_width).
     """
-    parts, places = [], []
-    for group in groups:
-        of_q, of_k, of_v = (rearrange(x[group.index], "d t h c -> d h t c") for x in (q, k, v))
+    parts = []
+    for group, of_q, of_k, of_v in _by_document(groups, q, k, v):
         if group.slots == 1:
             mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True)
         else:
@@ -97,10 +122,7 @@ def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]
             ]
             mixed = torch.cat(mixes, dim=2) if len(mixes) > 1 else mixes[0]
         parts.append(rearrange(mixed, "d h t c -> (d t) h c"))
-        places.append(group.index.reshape(-1))
-    if not parts:
-        return torch.zeros_like(q) + 0.0 * (q + k + v)
-    return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(parts))
+    return torch.cat(parts) if parts else torch.zeros_like(q) + 0.0 * (q + k + v)
 
 
 def attend_last(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
@@ -108,20 +130,25 @@ def attend_last(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup,
 
     Args:
         q: (A, heads, head_width), of the tokens of `ModelInputs.last_frames`, in that order.
-        k, v: (T, heads, head_width), of all tokens.
+        k, v: (T, heads, head_width), of all tokens, laid out as `ModelInputs.by_document`.
         groups: documents by shape.
 
     Returns:
         (A, heads, head_width), what `attend` gives for those tokens.
     """
-    parts, first = [], 0
-    for group in groups:
-        of_k, of_v = (rearrange(x[group.index], "d t h c -> d h t c") for x in (k, v))
-        count = len(group.index) * group.slots
-        of_q = rearrange(q[first : first + count], "(d s) h c -> d h s c", s=group.slots)
+    counts = [len(group.index) * group.slots for group in groups]
+    parts = []
+    for asking, (group, of_k, of_v) in zip(q.split(counts), _by_document(groups, k, v), strict=True):
+        of_q = rearrange(asking, "(d s) h c -> d h s c", s=group.slots)
         parts.append(rearrange(F.scaled_dot_product_attention(of_q, of_k, of_v), "d h s c -> (d s) h c"))
-        first += count
     return torch.cat(parts) if parts else torch.zeros_like(q)
+
+
+def _by_document(groups: tuple[DocumentGroup, ...], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each group with its part (d, h, t, c) of each tensor (T, h, c)."""
+    counts = [group.index.numel() for group in groups]
+    for group, *own in zip(groups, *(x.split(counts) for x in tensors), strict=False):
+        yield group, *(rearrange(x, "(d t) h c -> d h t c", d=len(group.index)) for x in own)
 
 
 class Block(nn.Module):

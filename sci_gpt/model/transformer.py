@@ -91,7 +91,7 @@ class SciGPT(nn.Module):
         }
 
     def trunk(self, inputs: ModelInputs, *, last_frames: bool = False) -> Tensor:
-        """(T, width): what the model knows at each token; with `last_frames` at those of `ModelInputs.last_frames`, 0
+        """(T, width): what the model knows at each token; with `last_frames` at those of `ModelInputs.last_frames`; 0
         elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0.
         """
         if not len(self.blocks):
@@ -99,14 +99,15 @@ class SciGPT(nn.Module):
         x = self.context(inputs.features)
         for modality, payload in inputs.payloads.items():
             x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
-        rotary = Rotary.of(inputs, self.shape.head_width)
-        asked, pieces = (inputs.last_frames, _PIECES) if last_frames else (None, 1)
+        order, asked, pieces = inputs.by_document, None, 1
+        x, rotary = x[order], Rotary.of(inputs, self.shape.head_width).take(order)
+        if last_frames:
+            asked, pieces = torch.isin(order, inputs.last_frames).nonzero()[:, 0], _PIECES
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
             x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces)
-        if asked is None:
-            return self.norm(x)
-        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, asked, self.norm(x))
+        known = order if asked is None else order[asked]
+        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
 
     @property
     def num_parameters(self) -> int:

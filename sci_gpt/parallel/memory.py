@@ -52,9 +52,9 @@ def model_state_bytes(  # signature of DESIGN section 7
 def activation_bytes(shape: ModelShape, num_tokens: int, *, dtype: str = "fp32") -> float:
     """Estimate of what one micro-batch keeps for its backward pass on one device.
 
-    Per token, in values: each layer keeps 17 widths (the inputs of norms and projections, four frames of short memory,
-    queries, keys, values before and after norm and rotation, the attention's result) and 4 hidden widths (SwiGLU's two
-    branches, the gate, their product); embeddings and heads keep 22 widths. Attention probabilities are not kept.
+    Per token, in values: each layer keeps 11 widths (what the two norms give, scaled and not, queries and keys after
+    norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (SwiGLU's two
+    branches, the gate, their product); embeddings and heads keep 12 widths. Attention probabilities are not kept.
 
     Args:
         shape: of the trunk.
@@ -66,5 +66,5 @@ def activation_bytes(shape: ModelShape, num_tokens: int, *, dtype: str = "fp32")
     """
     if dtype not in _WEIGHT_BYTES:
         raise ConfigError(f"dtype is one of {sorted(_WEIGHT_BYTES)}, got {dtype!r}")
-    per_token = shape.layers * (17.0 * shape.width + 4.0 * shape.hidden) + 22.0 * shape.width
+    per_token = shape.layers * (11.0 * shape.width + 4.0 * shape.hidden) + 12.0 * shape.width
     return num_tokens * per_token * _WEIGHT_BYTES[dtype]
