@@ -53,8 +53,9 @@ def activation_bytes(shape: ModelShape, num_tokens: int, *, dtype: str = "fp32")
     """Estimate of what one micro-batch keeps for its backward pass on one device.
 
     Per token, in values: each layer keeps 11 widths (what the two norms give, scaled and not, queries and keys after
-    norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (SwiGLU's two
-    branches, the gate, their product); embeddings and heads keep 12 widths. Attention probabilities are not kept.
+    norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the two
+    branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths. Attention
+    probabilities are not kept.
 
     Args:
         shape: of the trunk.
