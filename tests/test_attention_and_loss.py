@@ -126,6 +126,23 @@ def test_attention_equals_a_plain_masked_softmax() -> None:
         torch.testing.assert_close(found.double(), expected[order], rtol=1e-5, atol=1e-5)
 
 
+def test_eager_and_compiled_forms_agree(model: SciGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes written for a CPU and what a compiler is given: outputs and gradients equal to rounding."""
+    inputs = inputs_of(samples())
+
+    def outcome() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model.trunk(inputs)
+        (out * torch.arange(out.shape[1])).sum().backward()
+        return [out.detach(), *(p.grad for p in model.blocks.parameters() if p.grad is not None)]
+
+    eager = outcome()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for one, other in zip(eager, outcome(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert len(eager) == 1 + len(list(model.blocks.parameters()))
+
+
 @torch.no_grad()
 def test_a_last_layer_for_the_last_frames_alone_predicts_the_same(model: SciGPT) -> None:
     """A packed batch of every modality, of documents with several slots and of one with a single slot."""

@@ -18,6 +18,11 @@ from sci_gpt.model.shapes import ModelShape
 _EPSILON = 1e-6
 
 
+def _step_by_step(x: Tensor) -> bool:
+    """On a CPU and not compiled: every operation is a pass over memory of its own."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 class _Norm(torch.autograd.Function):
     """RMSNorm on a CPU, which has no kernel of its own: a third less passes over the values than autograd makes."""
 
@@ -49,7 +54,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape."""
-        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+        if _step_by_step(x) and x.dtype == self.weight.dtype == torch.float32:
             normed: Tensor = _Norm.apply(x, self.weight)
             return normed
         return F.rms_norm(x, (x.shape[-1],), self.weight, eps=_EPSILON)
@@ -83,9 +88,17 @@ class Rotary:
         return Rotary(phase=self.phase[index])
 
     def turn(self, x: Tensor) -> Tensor:
-        """Rotate (T, heads, head_width), neighbouring channels as a pair."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.phase[:, None]).flatten(-2).to(x.dtype)
+        """Rotate (T, heads, head_width), neighbouring channels as a pair.
+
+        On a CPU in one pass of complex numbers, which a compiler does not fuse.
+        """
+        phase = self.phase[:, None]
+        if _step_by_step(x):
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * phase).flatten(-2).to(x.dtype)
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = phase.real.to(x.dtype), phase.imag.to(x.dtype)
+        return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
 def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tensor:
