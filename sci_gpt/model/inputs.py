@@ -50,6 +50,8 @@ class ModelInputs:
 
     Attributes:
         frame, row, column: int64 (T,).
+        period: int64 (T,), columns once around the globe, 0 where a document does not go around.
+        periods: the periods there are, ascending, 0 left out: known on the host.
         features: float32 (T, features).
         payloads: {modality: PayloadInputs}.
         groups: documents by shape.
@@ -58,6 +60,8 @@ class ModelInputs:
     frame: Tensor
     row: Tensor
     column: Tensor
+    period: Tensor
+    periods: tuple[int, ...]
     features: Tensor
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
@@ -86,6 +90,8 @@ def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
         frame=torch.from_numpy(batch.frame).to(device),
         row=torch.from_numpy(batch.row).to(device),
         column=torch.from_numpy(batch.column).to(device),
+        period=torch.from_numpy(batch.period).to(device),
+        periods=tuple(np.unique(batch.period[batch.period > 0]).tolist()),
         features=torch.from_numpy(batch.features).to(device),
         payloads={
             modality: PayloadInputs(

@@ -11,6 +11,7 @@ from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import last_valid, memories
 from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.sample import Sample
+from sci_tokenizers.sphere import goes_around
 from sci_tokenizers.statistics import ChannelStatistics, known_priors
 from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
@@ -91,6 +92,7 @@ class GridTokenizer(Tokenizer):
             num_context=num_context,
             leads=leads,
             size=(sample.values.shape[2], sample.values.shape[3]),
+            period=self._period(sample),
         )
 
     def _past(self, payload: np.ndarray, valid: np.ndarray, *, scale: np.ndarray, home: np.ndarray) -> Past:
@@ -120,6 +122,11 @@ class GridTokenizer(Tokenizer):
         for v, row in enumerate(tokens.variable[0]):
             physical[..., v, :] = inverse_transform(physical[..., v, :], VARIABLE_NAMES[row])
         return self._fields(physical, tokens.size).astype(np.float32)
+
+    def _period(self, sample: Sample) -> int:
+        """Columns of patches once around the globe; 0 where the grid does not go around or the seam cuts a patch."""
+        columns, rest = divmod(sample.values.shape[3], self.settings.grid_patch)
+        return columns if not rest and goes_around(sample.latitude, sample.longitude) else 0
 
     def _patch_grid(self, size: tuple[int, ...]) -> tuple[int, int]:
         patch = self.settings.grid_patch

@@ -99,6 +99,7 @@ class Batch:
         rows, row_length: the shape that T stands for.
         document: int64 (T,), number of the document in this batch, -1 where empty.
         frame, row, column: int64 (T,), rotary positions.
+        period: int64 (T,), columns once around the globe, 0 where a document does not go around.
         features: float32 (T, len(TOKEN_FEATURES)), NaN where unknown.
         payloads: {modality: Payload}, only modalities that are present.
         spans: per document (start, frames, slots) in the flat batch.
@@ -112,6 +113,7 @@ class Batch:
     frame: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    period: np.ndarray
     features: np.ndarray
     payloads: dict[str, Payload]
     spans: tuple[tuple[int, int, int], ...]
@@ -144,7 +146,7 @@ def collate(
         PackingError: a row's documents hold more tokens than the row.
     """
     total = len(rows) * row_length
-    columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column")}
+    columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column", "period")}
     document = np.full(total, -1, np.int64)
     features = np.full((total, len(TOKEN_FEATURES)), np.nan, np.float32)
     spans: list[tuple[int, int, int]] = []
@@ -163,6 +165,7 @@ def collate(
             columns["frame"][here] = np.repeat(np.arange(frames), tokens.num_slots)
             columns["row"][here] = np.tile(tokens.row, frames)
             columns["column"][here] = np.tile(tokens.column, frames)
+            columns["period"][here] = tokens.period
             features[here] = _token_features(tokens, frames)
             parts.setdefault(tokens.modality, []).append((at, tokens))
             spans.append((at, frames, tokens.num_slots))

@@ -38,6 +38,7 @@ class Tokens:
         weight: float32 (S, V, K), area and variable weight of a value, mean 1 over a document.
         variable: int16 (S, V), rows of the variable table.
         row, column: int16 (S,), place of the slot on the patch grid (0 for unordered slots).
+        period: columns of patches once around the globe; 0 where the last column's neighbour is not the first.
         frame_features: float32 (F, len(FRAME_FEATURES)); NaN where unknown.
         slot_features: float32 (S, len(SLOT_FEATURES)); NaN where unknown.
         log_scale: float32 (S, V), natural logarithm of the scale in physical units; NaN for uncalibrated counts.
@@ -76,6 +77,7 @@ class Tokens:
     leads: tuple[int, ...]
     importance: float = 1.0
     size: tuple[int, int] = (1, 1)
+    period: int = 0
 
     def __post_init__(self) -> None:
         if self.payload.ndim != 4:
@@ -115,6 +117,12 @@ class Tokens:
             )
         if not self.leads or min(self.leads) < 1 or list(self.leads) != sorted(set(self.leads)):
             raise TokensError(f"document {self.key!r}: leads are ascending and positive, got {self.leads}")
+
+        if self.period and not 0 <= int(self.column.min()) <= int(self.column.max()) < self.period:
+            raise TokensError(
+                f"document {self.key!r}: columns are within 0..{self.period - 1} of a period of {self.period}, got "
+                f"{int(self.column.min())}..{int(self.column.max())}"
+            )
 
     @property
     def num_frames(self) -> int:
