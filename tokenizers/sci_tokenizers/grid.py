@@ -11,13 +11,11 @@ from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import last_valid, memories
 from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.sphere import goes_around
+from sci_tokenizers.sphere import EARTH_RADIUS_M, cell_areas, cell_weights, goes_around, is_lat_lon
 from sci_tokenizers.statistics import ChannelStatistics, known_priors
 from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
-
-_EARTH_RADIUS_M = 6371229.0
 
 
 class GridTokenizer(Tokenizer):
@@ -111,7 +109,7 @@ class GridTokenizer(Tokenizer):
 
     def _area_weights(self, sample: Sample) -> np.ndarray:
         """(S, V, K): area of each cell that is ever seen, mean 1 over them."""
-        area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
+        area = cell_weights(sample.latitude, sample.longitude)
         seen = np.asarray(sample.valid.any(axis=0))
         weight = self._patches(np.where(seen, area, 0.0)[None])[0]
         return (weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)).astype(np.float32)
@@ -158,19 +156,28 @@ class GridTokenizer(Tokenizer):
         place = np.stack([sample.latitude, np.cos(longitude), np.sin(longitude), sample.elevation])[None].astype(
             np.float64
         )
-        inside = self._patches(np.ones((1, 1, *sample.latitude.shape)))[0]  # s 1 k
-        mean = (self._patches(place)[0] * inside).sum(-1) / inside.sum(-1)  # s 4
+        known = np.isfinite(place)
+        count = self._patches(known)[0].sum(-1)  # s 4
+        total = self._patches(np.where(known, place, 0.0))[0].sum(-1)
+        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         rows, columns = self._patch_grid(sample.latitude.shape)
-        spacing = (
-            np.abs(np.diff(sample.latitude[:, 0].astype(np.float64))).mean() if len(sample.latitude) > 1 else np.nan
-        )
         out = np.full((rows * columns, len(SLOT_FEATURES)), np.nan, np.float32)
         out[:, 0] = mean[:, 0]
         out[:, 1] = np.degrees(np.arctan2(mean[:, 2], mean[:, 1]))
         out[:, 2] = mean[:, 3]
         out[:, 3] = np.log(np.asarray(sample.levels[0], np.float64))
-        out[:, 4] = np.log(np.radians(spacing) * _EARTH_RADIUS_M * self.settings.grid_patch)
+        out[:, 4] = np.log(_spacing_m(sample) * self.settings.grid_patch)
         return out
+
+
+def _spacing_m(sample: Sample) -> float:
+    """Metres between cells: of rows on a lat-lon grid, the root of the mean area on others; NaN where unknown."""
+    if is_lat_lon(sample.latitude, sample.longitude):
+        steps = np.abs(np.diff(sample.latitude[:, 0].astype(np.float64)))
+        return float(np.radians(steps.mean()) * EARTH_RADIUS_M) if steps.size else float("nan")
+    areas = cell_areas(sample.latitude, sample.longitude)
+    known = np.isfinite(areas)
+    return float(np.sqrt(areas[known].mean())) if known.any() else float("nan")
 
 
 def _own_forecast(past: Past, priors: list[LinearPrior] | None, *, leads: tuple[int, ...]) -> dict[str, np.ndarray]:
