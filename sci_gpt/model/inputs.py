@@ -25,6 +25,7 @@ class PayloadInputs:
     ids: Tensor
     variable: Tensor
     log_scale: Tensor
+    log_level: Tensor
     pile: Tensor
     unit_token: Tensor
     unit_target: Tensor

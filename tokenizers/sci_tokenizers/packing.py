@@ -63,6 +63,7 @@ class Payload:
         ids: int64 (N,), series only (0 elsewhere).
         variable: int64 (N, V), -1 where a token has fewer variables.
         log_scale: float32 (N, V), NaN for uncalibrated counts.
+        log_level: float32 (N, V), NaN where a variable has no level of its own.
         pile: float32 (N, V), where the variable piles up; NaN where it does not.
         unit_token: int64 (U,), which of the N asks;  unit_target: int64 (U,), which of the N holds the answer.
         unit_anchor, unit_spread: float32 (U, V, K), what the head corrects: a location and the logarithm of a spread.
@@ -81,6 +82,7 @@ class Payload:
     ids: np.ndarray
     variable: np.ndarray
     log_scale: np.ndarray
+    log_level: np.ndarray
     pile: np.ndarray
     unit_token: np.ndarray
     unit_target: np.ndarray
@@ -264,8 +266,14 @@ def _flatten(tokens: Tokens, frames: int, *, width: int) -> dict[str, np.ndarray
         "ids": (tokens.ids[:frames].reshape(count) if tokens.ids is not None else np.zeros(count)).astype(np.int64),
         "variable": _wide(per_slot(tokens.variable).astype(np.int64), width, fill=-1),
         "log_scale": _wide(per_slot(tokens.log_scale), width, fill=np.nan),
+        "log_level": _wide(per_slot(_log_level(tokens)), width, fill=np.nan),
         "pile": _wide(per_slot(tokens.pile), width, fill=np.nan),
     }
+
+
+def _log_level(tokens: Tokens) -> np.ndarray:
+    """(S, V), NaN where a variable has no level of its own."""
+    return tokens.log_level if tokens.log_level is not None else np.full(tokens.variable.shape, np.nan, np.float32)
 
 
 def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

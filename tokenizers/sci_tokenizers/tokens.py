@@ -42,6 +42,8 @@ class Tokens:
         frame_features: float32 (F, len(FRAME_FEATURES)); NaN where unknown.
         slot_features: float32 (S, len(SLOT_FEATURES)); NaN where unknown.
         log_scale: float32 (S, V), natural logarithm of the scale in physical units; NaN for uncalibrated counts.
+        log_level: float32 (S, V), logarithm of each variable's level, NaN where it has none; None: one level for all of
+            a slot's variables, which `slot_features` tells.
         pile: float32 (S, V), the scaled value at which a variable piles up (dry hours); NaN where it does not.
         offset: float32 (F, S, V, K), scale: float32 (S, V): how to decode.
         time: float64 (F,), end of each frame, seconds since 1970 on the corpus calendar.
@@ -78,6 +80,7 @@ class Tokens:
     importance: float = 1.0
     size: tuple[int, int] = (1, 1)
     period: int = 0
+    log_level: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.payload.ndim != 4:
@@ -104,6 +107,8 @@ class Tokens:
             "scale": (slots, variables),
             "time": (frames,),
         }
+        if self.log_level is not None:
+            expected["log_level"] = (slots, variables)
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise TokensError(f"document {self.key!r}: {name} has shape {shape}, got {getattr(self, name).shape}")
