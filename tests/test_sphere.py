@@ -115,6 +115,8 @@ def test_lines_of_cells() -> None:
     assert lone[0, 0] == pytest.approx((np.radians(1.0) * EARTH_RADIUS_M) ** 2 / 2, rel=1e-4)
     column = cell_areas(*meshed(np.array([-1.0, 0.0, 1.0]), np.array([7.0])))
     assert column[1, 0] == pytest.approx((np.radians(1.0) * EARTH_RADIUS_M) ** 2, rel=1e-4)
+    transect = cell_weights(*meshed(np.array([59.0, 60.0, 61.0]), np.full(4, 10.0)))
+    np.testing.assert_allclose(transect[:, 3], area_weights([59.0, 60.0, 61.0]), rtol=1e-10)
     assert np.isnan(cell_areas(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 3.0]]))).all()
 
 

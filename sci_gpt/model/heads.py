@@ -31,10 +31,15 @@ LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianPrediction:
-    """Location and log-spread of each value, (U, V, K), in scaled units."""
+    """Location and log-spread of each value, (U, V, K), in scaled units.
+
+    With `lower` the distribution is censored: what the normal has below the bound lies on it (dry days). The bound is
+    -inf where a value has none; None: no value has one.
+    """
 
     mean: Tensor
     log_spread: Tensor
+    lower: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +161,7 @@ class GaussianHead(nn.Module):
         return GaussianPrediction(
             mean=_located(payload, self.pace * correction, lean=lean, start=self.start_lean),
             log_spread=_spread(payload, log_spread, recent=recent),
+            lower=payload.unit_lower if payload.unit_lower.shape[-1] else None,
         )
 
 

@@ -31,6 +31,7 @@ class PayloadInputs:
     unit_target: Tensor
     unit_anchor: Tensor
     unit_spread: Tensor
+    unit_lower: Tensor
     unit_lead: Tensor
     unit_weight: Tensor
     question: Tensor

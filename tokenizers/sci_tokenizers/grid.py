@@ -15,7 +15,7 @@ from sci_tokenizers.sphere import EARTH_RADIUS_M, cell_areas, cell_weights, goes
 from sci_tokenizers.statistics import ChannelStatistics, known_priors
 from sci_tokenizers.tokenizer import Tokenizer, TokenizerError, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
-from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform, lower_bound
 
 _LEAST_SCALE = 1e-30  # what float32 can divide by without running over
 
@@ -134,6 +134,10 @@ class GridTokenizer(Tokenizer):
         """Scaled patches (..., F, S, V, p * p) to physical fields (..., time, variable, row, column)."""
         physical = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
         for v, row in enumerate(tokens.variable[0]):
+            bound = lower_bound(VARIABLE_NAMES[row])
+            if np.isfinite(bound):  # what lies on it comes back as it, not as what rounding leaves of it
+                lowest = ((bound - tokens.offset[:, :, v]) / tokens.scale[:, v, None]).astype(np.float32)
+                physical[..., v, :][payload[..., v, :] <= lowest] = bound
             physical[..., v, :] = inverse_transform(physical[..., v, :], VARIABLE_NAMES[row])
         return self._fields(physical, tokens.size).astype(np.float32)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sci_tokenizers.sample import MODALITIES
 from sci_tokenizers.tokens import FRAME_FEATURES, SLOT_FEATURES, Tokens
+from sci_tokenizers.variables import VARIABLE_NAMES, lower_bound
 
 # What the next frame's question adds to a token: its time, known in advance (never its values).
 NEXT_FEATURES = ("next_year_phase", "next_day_phase", "log_next_step")
@@ -67,6 +68,8 @@ class Payload:
         pile: float32 (N, V), where the variable piles up; NaN where it does not.
         unit_token: int64 (U,), which of the N asks;  unit_target: int64 (U,), which of the N holds the answer.
         unit_anchor, unit_spread: float32 (U, V, K), what the head corrects: a location and the logarithm of a spread.
+        unit_lower: float32 (U, V, K), scaled bound below which an asked value cannot lie, -inf where there is none;
+            (U, V, 0) where no document of the batch has a bounded variable, and for series (they have the pile).
         unit_lead: int64 (U,), frames ahead.
         unit_weight: float32 (U,), importance of the document / its leads, 0 where nothing is valid.
         question: float32 (U, len(QUESTION_FEATURES)).
@@ -88,6 +91,7 @@ class Payload:
     unit_target: np.ndarray
     unit_anchor: np.ndarray
     unit_spread: np.ndarray
+    unit_lower: np.ndarray
     unit_lead: np.ndarray
     unit_weight: np.ndarray
     question: np.ndarray
@@ -204,6 +208,7 @@ def _token_features(tokens: Tokens, frames: int) -> np.ndarray:
 def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payload:
     """Concatenate the documents of one modality; variables are padded to the widest document."""
     width = max(tokens.payload.shape[2] for _, tokens in parts)
+    bounded = any(np.isfinite(_lower_bounds(tokens)).any() for _, tokens in parts)
     fields: dict[str, list[np.ndarray]] = {}
     first = 0
     for start, tokens in parts:
@@ -216,6 +221,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
         flat |= {
             "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, fill=0.0),
             "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, fill=0.0),
+            "unit_lower": _wide(_unit_lower(tokens, target, slot=slot, bounded=bounded), width, fill=-np.inf),
             "index": start + np.arange(count),
             "unit_token": first + origin * tokens.num_slots + slot,
             "unit_target": first + target * tokens.num_slots + slot
@@ -269,6 +275,24 @@ def _flatten(tokens: Tokens, frames: int, *, width: int) -> dict[str, np.ndarray
         "log_level": _wide(per_slot(_log_level(tokens)), width, fill=np.nan),
         "pile": _wide(per_slot(tokens.pile), width, fill=np.nan),
     }
+
+
+def _lower_bounds(tokens: Tokens) -> np.ndarray:
+    """Transformed bounds, float64 (S, V); -inf where a variable has none, and for series."""
+    if tokens.ids is not None:
+        return np.full(tokens.variable.shape, -np.inf)
+    rows, place = np.unique(tokens.variable, return_inverse=True)
+    return np.array([lower_bound(VARIABLE_NAMES[row]) for row in rows])[place].reshape(tokens.variable.shape)
+
+
+def _unit_lower(tokens: Tokens, target: np.ndarray, *, slot: np.ndarray, bounded: bool) -> np.ndarray:
+    """Scaled bounds of the values of these frames and slots, float32 (U, V, K), or (U, V, 0) where none is bounded; a
+    value that lies on its bound has the bound's very payload.
+    """
+    if not bounded:
+        return np.zeros((len(target), tokens.variable.shape[1], 0), np.float32)
+    away = _lower_bounds(tokens)[slot, :, None] - tokens.offset[target, slot]  # u v k
+    return (away / tokens.scale[slot, :, None]).astype(np.float32)
 
 
 def _log_level(tokens: Tokens) -> np.ndarray:

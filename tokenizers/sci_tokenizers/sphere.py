@@ -67,8 +67,8 @@ def cell_areas(latitude: ArrayLike, longitude: ArrayLike) -> np.ndarray:
     on the sphere, the poles included. All others: the spherical quadrangle whose corners are the means of the four
     neighbouring centres as unit vectors, continued by a parabola at the grid's edge.
 
-    A grid of one row (column) has cells as high as wide (as wide as high). One row or column across the meridians, or a
-    cell without known neighbours, has no area: NaN.
+    A grid of one row (column, or all columns on one meridian) has cells as high as wide (as wide as high). One row or
+    column across the meridians, or a cell without known neighbours, has no area: NaN.
 
     Args:
         latitude, longitude: (row, column), degrees north and east, of the cells' centres.
@@ -87,9 +87,9 @@ def cell_areas(latitude: ArrayLike, longitude: ArrayLike) -> np.ndarray:
 
 
 def cell_weights(latitude: ArrayLike, longitude: ArrayLike) -> np.ndarray:
-    """`cell_areas` with mean 1 over the cells whose area is known, and 1 at all others."""
+    """`cell_areas` with mean 1 over the cells whose area is known and above 0, and 1 at all others."""
     areas = cell_areas(latitude, longitude)
-    known = np.isfinite(areas)
+    known = areas > 0
     return np.where(known, areas / areas[known].mean(), 1.0) if known.any() else np.ones(areas.shape)
 
 
@@ -101,7 +101,9 @@ def _lat_lon_areas(north: np.ndarray, east: np.ndarray) -> np.ndarray:
     elif len(steps):
         widths = np.abs(np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]]))
     else:
-        widths = np.abs(np.diff(north[:, 0])).mean(keepdims=True) if len(north) > 1 else np.ones(1)
+        widths = np.zeros(1)
+    if not widths.any():
+        widths = np.full(len(widths), np.abs(np.diff(north[:, 0])).mean() if len(north) > 1 else 1.0)
     if len(north) > 1:
         bounds = row_bounds(north[:, 0])
     else:
