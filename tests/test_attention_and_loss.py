@@ -223,18 +223,6 @@ def test_a_units_weight_counts_in_the_sum() -> None:
     assert valid_weights(inputs)["trace"] == pytest.approx(float(payload.unit_weight.sum()))
 
 
-def test_gaussian_crps_is_the_integral() -> None:
-    """CRPS = integral of (Phi((x - m) / s) - [x >= y])^2 dx (Gneiting and Raftery 2007, eq. 20), on a fine grid."""
-    x = torch.linspace(-60, 60, 400_001, dtype=torch.float64)
-    for mean, spread, truth in ((0.0, 1.0, 0.0), (1.0, 2.0, -3.0), (-2.0, 0.5, 4.0)):
-        steps = torch.special.ndtr((x - mean) / spread) - (x >= truth).double()
-        expected = torch.trapezoid(steps**2, x)
-        found = crps_gaussian(
-            torch.tensor(mean).double(), torch.tensor(math.log(spread)).double(), truth=torch.tensor(truth).double()
-        )
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
 def test_bins_probabilities_sum_to_one() -> None:
     settings = TokenizerSettings(series_ids=64, series_limit=3.0)
     centres = torch.linspace(-3.0, 3.0, 61, dtype=torch.float64)

@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
+from sci_tokenizers.sphere import row_bounds
+
 _INVERSE_ROOT_PI = 1.0 / np.sqrt(np.pi)
 
 
 def area_weights(lat: ArrayLike) -> np.ndarray:
     """Area of latitude cells, mean 1: differences of sin(latitude) at the cell bounds (WeatherBench 2).
 
-    Bounds are midpoints; the outer ones lie half a step outside, and at the pole where less than half a step is left.
+    Bounds are those of `sci_tokenizers.sphere.row_bounds`, by which the loss weighs cells too.
 
     Args:
         lat: (row,), degrees north, strictly monotonic, in either order.
@@ -28,18 +30,7 @@ def area_weights(lat: ArrayLike) -> np.ndarray:
     degrees = np.atleast_1d(np.asarray(lat, np.float64))
     if degrees.size == 1:
         return np.ones(1)
-    steps = np.diff(degrees)
-    if not ((steps > 0).all() or (steps < 0).all()):
-        raise ValueError(f"latitudes must rise or fall throughout, got {degrees.tolist()[:6]} ..")
-    if np.abs(degrees).max() > 90.0:
-        raise ValueError(f"latitudes are within -90..90 degrees, got {degrees[np.abs(degrees).argmax()]}")
-    bounds = np.empty(degrees.size + 1)
-    bounds[1:-1] = (degrees[1:] + degrees[:-1]) / 2
-    for end, inner, step in ((0, degrees[0], -steps[0]), (-1, degrees[-1], steps[-1])):
-        outer = inner + step / 2
-        at_pole = 90.0 - abs(outer) < abs(step) / 2 and abs(outer) > abs(inner)
-        bounds[end] = np.copysign(90.0, outer) if at_pole else outer
-    areas = np.abs(np.diff(np.sin(np.radians(bounds))))
+    areas = np.abs(np.diff(np.sin(np.radians(row_bounds(degrees)))))
     return np.asarray(areas / areas.mean())
 
 

@@ -9,11 +9,11 @@ from hashlib import sha256
 
 import numpy as np
 
-from sci_evals.metrics import area_weights
 from sci_gpt.data.quality import RULES, judged
 from sci_gpt.data.store import Store
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
+from sci_tokenizers.sphere import cell_weights
 from sci_tokenizers.variables import VARIABLES, forward_transform
 
 # A whole stretch is read at once up to this size; beyond it, window by window.
@@ -133,14 +133,9 @@ class WindowSet:
 
     @cached_property
     def cell_weights(self) -> np.ndarray:
-        """Area weight of each cell, mean 1, float64 (Y, X): cell bounds on regular rows, else cos(latitude)."""
-        latitude = np.asarray(self.places[0][0], np.float64)
-        if latitude.size == 1 or np.isnan(latitude).any() or self.modality != "grid":
-            return np.ones(latitude.shape)
-        if np.ptp(latitude, axis=1).max() < 1e-4:
-            return np.repeat(area_weights(latitude[:, 0])[:, None], latitude.shape[1], axis=1)
-        weights = np.cos(np.radians(latitude))
-        return np.asarray(weights / weights.mean())
+        """Area weight of each cell, mean 1, float64 (Y, X): the loss's own, `sci_tokenizers.sphere.cell_weights`."""
+        latitude, longitude, _ = self.places[0]
+        return cell_weights(latitude, longitude) if self.modality == "grid" else np.ones(latitude.shape)
 
     def take(self, index: np.ndarray) -> WindowSet:
         """The windows of these numbers, in this order."""

@@ -44,6 +44,8 @@ class Corpus:
             raise DataError(f"mixture names {unknown}, the store {store.path} holds {list(store.sources)}")
         self.store, self.specs, self.seed = store, tuple(specs), seed
         self.tokenizers = tuple(make_tokenizer(store.modality(spec.source), settings) for spec in specs)
+        for spec, tok in zip(specs, self.tokenizers, strict=True):
+            tok.check_size(store.shape(spec.source), where=f"source {spec.source!r} of store {store.path}")
         self.windows = tuple(
             Windows(store, spec, split="train", frame_times=tok.frame_times, shuffle_time=shuffle_time, seed=seed)
             for spec, tok in zip(specs, self.tokenizers, strict=True)

@@ -72,6 +72,19 @@ class ValueFeatures(nn.Module):
         return torch.stack([values, torch.tanh(values), *waves], dim=-1)
 
 
+class LevelEmbedding(nn.Module):
+    """The level of each variable of a token as `outputs` numbers: 0 where it has none, and all before training."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.features = FourierFeatures(("log_level",))
+        self.project = nn.Linear(self.features.out_features, outputs, bias=False)
+
+    def forward(self, log_level: Tensor) -> Tensor:
+        """(N, V) to (N, V, outputs)."""
+        return self.project(self.features(log_level[..., None]))
+
+
 class PayloadEmbedding(nn.Module):
     """Payload of one modality to the trunk's width: the variables' embeddings are summed over what is there.
 
@@ -79,9 +92,10 @@ class PayloadEmbedding(nn.Module):
         num_values: K of a token; 1 (series) goes through `ValueFeatures`.
         num_variables: rows of the variable table; per-variable weights are one stacked parameter, indexed.
         width: of the trunk.
+        levels: a token may hold one variable at several levels: each variable's level is embedded with it.
     """
 
-    def __init__(self, num_values: int, num_variables: int, *, width: int) -> None:
+    def __init__(self, num_values: int, num_variables: int, *, width: int, levels: bool = False) -> None:
         super().__init__()
         self.value_features = ValueFeatures() if num_values == 1 else None
         inputs = ValueFeatures.out_features if num_values == 1 else num_values
@@ -89,6 +103,7 @@ class PayloadEmbedding(nn.Module):
         self.project = nn.Linear(inputs + num_values + 2 + self.num_memories + len(HORIZONS), width, bias=False)
         self.variable_gain = nn.Parameter(torch.zeros(num_variables, width))
         self.variable_bias = nn.Parameter(torch.zeros(num_variables, width))
+        self.level = LevelEmbedding(2 * width) if levels else None
 
     def forward(self, payload: PayloadInputs) -> Tensor:
         """(N, width)."""
@@ -105,7 +120,11 @@ class PayloadEmbedding(nn.Module):
         row = payload.variable.clamp(min=0)
         past = payload.memory.flatten(2)[..., : self.num_memories]
         projected = self.project(torch.cat([values, valid, size, past, payload.volatility], dim=-1))
-        embedded = projected * (1.0 + F.embedding(row, self.variable_gain)) + F.embedding(row, self.variable_bias)
+        gain, bias = F.embedding(row, self.variable_gain), F.embedding(row, self.variable_bias)
+        if self.level is not None:  # a gain, since sums of values and sums of levels would not say which is whose
+            level_gain, level_bias = self.level(payload.log_level).chunk(2, dim=-1)
+            gain, bias = gain + level_gain, bias + level_bias
+        embedded = projected * (1.0 + gain) + bias
         return (embedded * present).sum(dim=1)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sci_gpt.model.embed import QuestionEmbedding
+from sci_gpt.model.embed import LevelEmbedding, QuestionEmbedding
 from sci_gpt.model.inputs import PayloadInputs
 from sci_gpt.model.layers import RMSNorm
 from sci_tokenizers.autoregression import HORIZONS
@@ -31,10 +31,15 @@ LOGISTIC = 0.5 * math.log(math.pi**2 / 3.0)  # standard deviation of a logistic 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianPrediction:
-    """Location and log-spread of each value, (U, V, K), in scaled units."""
+    """Location and log-spread of each value, (U, V, K), in scaled units.
+
+    With `lower` the distribution is censored: what the normal has below the bound lies on it (dry days). The bound is
+    -inf where a value has none; None: no value has one.
+    """
 
     mean: Tensor
     log_spread: Tensor
+    lower: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +64,15 @@ class Head(nn.Module):
         width: of the trunk.
         num_variables: rows of the variable table.
         outputs: numbers per variable of a token.
+        levels: as for `PayloadEmbedding`.
     """
 
-    def __init__(self, width: int, num_variables: int, *, outputs: int) -> None:
+    def __init__(self, width: int, num_variables: int, *, outputs: int, levels: bool = False) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
         self.question = QuestionEmbedding(width)
         self.variable = nn.Parameter(torch.zeros(num_variables, width))
+        self.level = LevelEmbedding(width) if levels else None
         self.hidden = nn.Linear(width, width, bias=True)
         self.out = nn.Linear(2 * width, outputs, bias=True)
 
@@ -74,6 +81,8 @@ class Head(nn.Module):
         trunk = self.norm(x)[payload.unit_token] + self.question(payload.question)
         row = payload.variable[payload.unit_token].clamp(min=0)
         asked = trunk[:, None] + F.embedding(row, self.variable)  # u v w
+        if self.level is not None:
+            asked = asked + self.level(payload.log_level[payload.unit_token])
         return self.out(torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1))
 
 
@@ -127,15 +136,24 @@ class GaussianHead(nn.Module):
         num_memories: J that the modality has.
         start: of START_LEAN.
         pace: factor of the correction; below 1 it is learned more slowly.
+        levels: as for `PayloadEmbedding`.
     """
 
     def __init__(
-        self, width: int, num_variables: int, *, num_values: int, num_memories: int, start: float, pace: float = 1.0
+        self,
+        width: int,
+        num_variables: int,
+        *,
+        num_values: int,
+        num_memories: int,
+        start: float,
+        pace: float = 1.0,
+        levels: bool = False,
     ) -> None:
         super().__init__()
         self.start_lean, self.pace = start, pace
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
-        self.head = Head(width, num_variables, outputs=sum(self.sizes))
+        self.head = Head(width, num_variables, outputs=sum(self.sizes), levels=levels)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
         """(N, width) to (U, V, K) predictions."""
@@ -143,6 +161,7 @@ class GaussianHead(nn.Module):
         return GaussianPrediction(
             mean=_located(payload, self.pace * correction, lean=lean, start=self.start_lean),
             log_spread=_spread(payload, log_spread, recent=recent),
+            lower=payload.unit_lower if payload.unit_lower.shape[-1] else None,
         )
 
 

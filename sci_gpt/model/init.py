@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sci_gpt.model.transformer import SciGPT
 
+LEVELS = "level.project.weight"  # what variables' levels weigh, in embedding and head
+_ZERO = (".bias", "variable_gain", LEVELS)  # what adds nothing before training
+
 
 def standard_normal(seed: int, name: str, *, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse
@@ -33,7 +36,7 @@ def initialize(model: SciGPT, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith(".bias") or ".head.out." in name or name.endswith("variable_gain"):
+        elif name.endswith(_ZERO) or ".head.out." in name:
             parameter.zero_()
         else:
             spread = _spread(name, parameter, layers=model.shape.layers)

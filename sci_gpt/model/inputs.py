@@ -25,11 +25,13 @@ class PayloadInputs:
     ids: Tensor
     variable: Tensor
     log_scale: Tensor
+    log_level: Tensor
     pile: Tensor
     unit_token: Tensor
     unit_target: Tensor
     unit_anchor: Tensor
     unit_spread: Tensor
+    unit_lower: Tensor
     unit_lead: Tensor
     unit_weight: Tensor
     question: Tensor
@@ -50,6 +52,8 @@ class ModelInputs:
 
     Attributes:
         frame, row, column: int64 (T,).
+        period: int64 (T,), columns once around the globe, 0 where a document does not go around.
+        periods: the periods there are, ascending, 0 left out: known on the host.
         features: float32 (T, features).
         payloads: {modality: PayloadInputs}.
         groups: documents by shape.
@@ -58,6 +62,8 @@ class ModelInputs:
     frame: Tensor
     row: Tensor
     column: Tensor
+    period: Tensor
+    periods: tuple[int, ...]
     features: Tensor
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
@@ -91,6 +97,8 @@ def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
         frame=torch.from_numpy(batch.frame).to(device),
         row=torch.from_numpy(batch.row).to(device),
         column=torch.from_numpy(batch.column).to(device),
+        period=torch.from_numpy(batch.period).to(device),
+        periods=tuple(np.unique(batch.period[batch.period > 0]).tolist()),
         features=torch.from_numpy(batch.features).to(device),
         payloads={
             modality: PayloadInputs(

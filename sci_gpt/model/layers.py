@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +64,11 @@ class RMSNorm(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
     """The rotary angles of each token as complex numbers of length 1, (T, head_width / 2): half of the pairs turn with
-    the frame, a quarter each with the patch row and column (Su et al. 2021, on three axes)."""
+    the frame, a quarter each with the patch row and column (Su et al. 2021, on three axes).
+
+    Where a document goes around the globe the columns' frequencies are whole turns a period, so that only differences
+    of columns around the globe count.
+    """
 
     phase: Tensor
 
@@ -80,6 +85,10 @@ class Rotary:
         for position, count in shares:
             frequency = 1000.0 ** (-torch.arange(count, device=position.device, dtype=torch.float32) / count)
             angles.append(position[:, None].float() * frequency)
+        for period in inputs.periods:
+            turns = torch.tensor(whole_turns(period, angles[-1].shape[1]), device=inputs.column.device)
+            around = (inputs.column[:, None] * turns % period).float() * (2 * math.pi / period)
+            angles[-1] = torch.where((inputs.period == period)[:, None], around, angles[-1])
         angle = torch.cat(angles, dim=1)
         return cls(phase=torch.polar(torch.ones_like(angle), angle))
 
@@ -99,6 +108,20 @@ class Rotary:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = phase.real.to(x.dtype), phase.imag.to(x.dtype)
         return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+def whole_turns(period: int, count: int) -> list[int]:
+    """Turns around the globe of `count` rotary pairs, falling: the whole numbers nearest to the plain frequencies.
+
+    From the slowest pair on each takes more turns than the one before, so that all differ; none takes more than half
+    the period (beyond that waves repeat), where fewer differ if the period is short.
+    """
+    turns: list[int] = []
+    for pair in reversed(range(count)):
+        plain = round(1000.0 ** (-pair / count) * period / (2 * math.pi))
+        most = max(1, period // 2 - pair)
+        turns.insert(0, min(max(plain, turns[0] + 1 if turns else 1), most))
+    return turns
 
 
 def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tensor:

@@ -22,6 +22,37 @@ def crps_gaussian(mean: Tensor, log_spread: Tensor, *, truth: Tensor) -> Tensor:
     return spread * (z * torch.erf(z / math.sqrt(2.0)) + 2 * density - 1 / math.sqrt(math.pi))
 
 
+def crps_censored(mean: Tensor, log_spread: Tensor, *, truth: Tensor, lower: Tensor) -> Tensor:
+    """Closed form CRPS of max(normal, lower), elementwise, for truths at or above `lower`, which is finite.
+
+    With z and a the standardised truth and bound, the integral of (F - [x >= z])^2 is that of Phi^2 from a to z and of
+    (1 - Phi)^2 from z on: G(z) - G(a) + G(-z), where G(x) is the integral of Phi^2 up to x,
+    x Phi(x)^2 + 2 phi(x) Phi(x) - Phi(sqrt(2) x) / sqrt(pi) (as in Jordan, Krueger & Lerch 2019, appendix A). Exactly
+    what is left of the tail where the truth lies on the bound.
+    """
+    spread = log_spread.exp()
+    z, a = (torch.maximum(truth, lower) - mean) / spread, (lower - mean) / spread
+    return spread * (_squares_up_to(z) - _squares_up_to(a) + _squares_up_to(-z))
+
+
+def _squares_up_to(x: Tensor) -> Tensor:
+    """Integral of the squared normal distribution function up to x."""
+    below = torch.special.ndtr(x)
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return below * (x * below + 2 * density) - torch.special.ndtr(math.sqrt(2.0) * x) / math.sqrt(math.pi)
+
+
+def crps_of(prediction: GaussianPrediction, truth: Tensor) -> Tensor:
+    """CRPS of each value's distribution, (U, V, K): a normal's, or a censored normal's where there is a bound."""
+    plain = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth)
+    if prediction.lower is None:
+        return plain
+    bounded = torch.isfinite(prediction.lower)
+    lower = torch.where(bounded, prediction.lower, truth)  # any finite number: what comes of it is not taken
+    censored = crps_censored(prediction.mean, prediction.log_spread, truth=truth, lower=lower)
+    return torch.where(bounded, censored, plain)
+
+
 def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, width: float, limit: float) -> Tensor:
     """Log-probability of the bin around each centre under a discretized mixture of logistics (Salimans et al. 2017).
 
@@ -58,7 +89,7 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: Tok
         )
         return torch.where(weight[:, 0, 0] > 0, loss, 0.0)
     assert isinstance(prediction, GaussianPrediction)
-    loss = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth) / payload.unit_spread.exp()
+    loss = crps_of(prediction, truth) / payload.unit_spread.exp()
     total = weight.sum(dim=(1, 2))
     return torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
 

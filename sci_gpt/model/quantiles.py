@@ -14,12 +14,13 @@ _BISECTIONS = 22  # 30 / 2^22: finer than float32 shows at the edge of the range
 def prediction_quantiles(prediction: Prediction, levels: Tensor, *, settings: TokenizerSettings) -> Tensor:
     """Quantiles (levels, U, V, K) of each unit's values.
 
-    A Gaussian's are closed. A mixture's are found by bisection of its distribution function on the range of the bins: a
-    quantile beyond the outermost centres is that centre (the bins there are open).
+    A Gaussian's are closed, and none lies below its bound. A mixture's are found by bisection of its distribution
+    function on the range of the bins: a quantile beyond the outermost centres is that centre (the bins there are open).
     """
     if not isinstance(prediction, MixturePrediction):
         z = torch.special.ndtri(levels.double()).float()
-        return prediction.mean + z[:, None, None, None] * prediction.log_spread.exp()
+        quantiles = prediction.mean + z[:, None, None, None] * prediction.log_spread.exp()
+        return quantiles if prediction.lower is None else torch.maximum(quantiles, prediction.lower)
     count = prediction.mean.shape[0]
     low = torch.full((len(levels), count), -settings.series_limit)
     high = torch.full((len(levels), count), settings.series_limit)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sci_gpt.model.heads import GaussianPrediction
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs
-from sci_gpt.model.loss import crps_gaussian, unit_losses
+from sci_gpt.model.loss import crps_of, unit_losses
 from sci_gpt.model.quantiles import prediction_quantiles
 from sci_gpt.model.transformer import SciGPT
 from sci_tokenizers.tokenizer import TokenizerSettings
@@ -36,7 +36,7 @@ def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSetti
         weight = payload.unit_weight.double()
         loss = unit_losses(prediction, payload, settings=settings).double()
         if isinstance(prediction, GaussianPrediction):
-            crps = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth)
+            crps = crps_of(prediction, truth)
         else:
             levels = torch.tensor(_LEVELS)
             quantiles = prediction_quantiles(prediction, levels, settings=settings)
@@ -58,14 +58,15 @@ def last_value(payload: PayloadInputs) -> Tensor:
 
 
 def _dressed(point: Tensor, payload: PayloadInputs) -> Tensor:
-    """CRPS of a point forecast dressed with the root mean square of its errors, per lead."""
+    """CRPS of a point forecast dressed with the root mean square of its errors, per lead; bounded as the model's is."""
     truth, valid = payload.values[payload.unit_target], payload.valid[payload.unit_target]
     error = torch.where(valid, truth - point, 0.0)
     spread = torch.ones_like(truth)
     for lead in payload.unit_lead.unique():
         here = payload.unit_lead == lead
         spread[here] = torch.sqrt((error[here] ** 2).sum() / valid[here].sum().clamp(min=1)).clamp(min=1e-6)
-    return crps_gaussian(point, spread.log(), truth=truth)
+    lower = payload.unit_lower if payload.unit_lower.shape[-1] else None
+    return crps_of(GaussianPrediction(mean=point, log_spread=spread.log(), lower=lower), truth)
 
 
 def _unit_mean(score: Tensor, valid: Tensor) -> Tensor:

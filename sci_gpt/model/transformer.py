@@ -47,7 +47,9 @@ class SciGPT(nn.Module):
         }
         rows, width = settings.num_variables, shape.width
         self.context = ContextEmbedding(width)
-        self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width=width) for m, k in values.items()})
+        self.embed = nn.ModuleDict(
+            {m: PayloadEmbedding(k, rows, width=width, levels=m == "grid") for m, k in values.items()}
+        )
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
         self.heads = nn.ModuleDict(
@@ -59,6 +61,7 @@ class SciGPT(nn.Module):
                     num_memories=len(MEMORIES),
                     start=START_LEAN["grid"],
                     pace=GRID_PACE,
+                    levels=True,
                 ),
                 "series": MixtureHead(
                     width,

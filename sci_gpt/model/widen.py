@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sci_gpt.model.init import standard_normal
+from sci_gpt.model.init import LEVELS, standard_normal
 from sci_gpt.model.transformer import SciGPT
 
 _TABLES = ("variable_gain", "variable_bias", "head.variable")
@@ -36,6 +36,15 @@ def with_rows(weights: Mapping[str, Tensor], names: Sequence[str], *, table: Seq
                 [tensor[at[name]] if name in at else _new_row(parameter, name, like=tensor) for name in table]
             )
     return out
+
+
+def with_levels(weights: Mapping[str, Tensor], model: SciGPT) -> dict[str, Tensor]:
+    """Weights of a model that was saved before variables had levels of their own: 0 for what it lacks of them, as every
+    model starts, so that it says what it said.
+    """
+    own = model.state_dict()
+    lacking = {name: torch.zeros_like(own[name]) for name in own if name.endswith(LEVELS) and name not in weights}
+    return dict(weights) | lacking
 
 
 def _new_row(parameter: str, name: str, *, like: Tensor) -> Tensor:

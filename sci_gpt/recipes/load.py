@@ -25,6 +25,7 @@ from sci_gpt.model.heads import GaussianHead, MixtureHead
 from sci_gpt.model.init import initialize
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
+from sci_gpt.model.widen import with_levels
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.film import Film, Notes
 from sci_gpt.recipes.film_grid import tiles
@@ -315,7 +316,7 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
     settings = replace(parts.model_settings(config), num_variables=num_variables)
     model = build_model(parts.model_shape(config), settings)
     try:
-        model.load_state_dict(dict(weights), strict=True)
+        model.load_state_dict(with_levels(weights, model), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{where}: weights do not fit model {config.model.size!r}: {error}") from error
     model.eval()

@@ -11,12 +11,13 @@ from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import last_valid, memories
 from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.sample import Sample
+from sci_tokenizers.sphere import EARTH_RADIUS_M, cell_areas, cell_weights, goes_around, is_lat_lon
 from sci_tokenizers.statistics import ChannelStatistics, known_priors
-from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
+from sci_tokenizers.tokenizer import Tokenizer, TokenizerError, frame_features, log_scales, variable_rows
 from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
-from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform
+from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform, lower_bound
 
-_EARTH_RADIUS_M = 6371229.0
+_LEAST_SCALE = 1e-30  # what float32 can divide by without running over
 
 
 class GridTokenizer(Tokenizer):
@@ -26,6 +27,9 @@ class GridTokenizer(Tokenizer):
     Cells that the context never saw take the climatology alone, or the training mean of the channel (or the context's
     overall mean).
     Ragged edges are padded with missing cells.
+
+    A value x that is not transformed comes back within (|x| + |x - offset|) / 2^24, float32's own rounding; one of
+    log1p(x / u) within (|x| + (x + u) |payload| scale) / 2^24.
     """
 
     modality = "grid"
@@ -40,6 +44,15 @@ class GridTokenizer(Tokenizer):
         patch = self.settings.grid_patch
         return -(-shape[1] // patch) * -(-shape[2] // patch)
 
+    def check_size(self, shape: tuple[int, ...], *, where: str) -> None:
+        """See `Tokenizer.check_size`: a grid is a patch high and a patch wide at least."""
+        patch = self.settings.grid_patch
+        if min(shape[1:]) < patch:
+            raise TokenizerError(
+                f"{where}: a grid of {shape[1]} x {shape[2]} cells is smaller than a patch of {patch} x {patch}; give "
+                f"a larger region, or train a model with tokenizer.grid_patch of {min(shape[1:])} or less"
+            )
+
     def encode(
         self,
         sample: Sample,
@@ -50,6 +63,7 @@ class GridTokenizer(Tokenizer):
     ) -> Tokens:
         """See `Tokenizer.encode`; payload (F, S, V, p * p), slots in row-major order of patches."""
         self._check(sample, num_context)
+        self.check_size(sample.values.shape[1:], where=f"sample {sample.key!r}")
         transformed = np.stack(
             [
                 forward_transform(sample.values[:, v].astype(np.float64), name)
@@ -84,6 +98,7 @@ class GridTokenizer(Tokenizer):
             frame_features=features,
             slot_features=self._slot_features(sample),
             log_scale=np.tile(log_scales(scale, sample), (slots, 1)),
+            log_level=np.tile(_log_levels(sample), (slots, 1)),
             pile=np.full((slots, len(scale)), np.nan, np.float32),
             offset=self._patches(offset.astype(np.float32)),
             scale=np.tile(scale.astype(np.float32), (slots, 1)),
@@ -91,6 +106,7 @@ class GridTokenizer(Tokenizer):
             num_context=num_context,
             leads=leads,
             size=(sample.values.shape[2], sample.values.shape[3]),
+            period=self._period(sample),
         )
 
     def _past(self, payload: np.ndarray, valid: np.ndarray, *, scale: np.ndarray, home: np.ndarray) -> Past:
@@ -109,7 +125,7 @@ class GridTokenizer(Tokenizer):
 
     def _area_weights(self, sample: Sample) -> np.ndarray:
         """(S, V, K): area of each cell that is ever seen, mean 1 over them."""
-        area = np.cos(np.radians(np.nan_to_num(sample.latitude.astype(np.float64))))
+        area = cell_weights(sample.latitude, sample.longitude)
         seen = np.asarray(sample.valid.any(axis=0))
         weight = self._patches(np.where(seen, area, 0.0)[None])[0]
         return (weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)).astype(np.float32)
@@ -118,8 +134,17 @@ class GridTokenizer(Tokenizer):
         """Scaled patches (..., F, S, V, p * p) to physical fields (..., time, variable, row, column)."""
         physical = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
         for v, row in enumerate(tokens.variable[0]):
+            bound = lower_bound(VARIABLE_NAMES[row])
+            if np.isfinite(bound):  # what lies on it comes back as it, not as what rounding leaves of it
+                lowest = ((bound - tokens.offset[:, :, v]) / tokens.scale[:, v, None]).astype(np.float32)
+                physical[..., v, :][payload[..., v, :] <= lowest] = bound
             physical[..., v, :] = inverse_transform(physical[..., v, :], VARIABLE_NAMES[row])
         return self._fields(physical, tokens.size).astype(np.float32)
+
+    def _period(self, sample: Sample) -> int:
+        """Columns of patches once around the globe; 0 where the grid does not go around or the seam cuts a patch."""
+        columns, rest = divmod(sample.values.shape[3], self.settings.grid_patch)
+        return columns if not rest and goes_around(sample.latitude, sample.longitude) else 0
 
     def _patch_grid(self, size: tuple[int, ...]) -> tuple[int, int]:
         patch = self.settings.grid_patch
@@ -146,24 +171,42 @@ class GridTokenizer(Tokenizer):
         return whole[..., : size[0], : size[1]]
 
     def _slot_features(self, sample: Sample) -> np.ndarray:
-        """(S, 5): mean latitude and elevation, mean direction of longitude, level, and the patch's extent in metres."""
+        """(S, 5): mean latitude and elevation of the known cells, mean direction of longitude, the level where all
+        variables have the same, and the patch's extent in metres.
+        """
         longitude = np.radians(sample.longitude.astype(np.float64))
         place = np.stack([sample.latitude, np.cos(longitude), np.sin(longitude), sample.elevation])[None].astype(
             np.float64
         )
-        inside = self._patches(np.ones((1, 1, *sample.latitude.shape)))[0]  # s 1 k
-        mean = (self._patches(place)[0] * inside).sum(-1) / inside.sum(-1)  # s 4
+        known = np.isfinite(place)
+        count = self._patches(known)[0].sum(-1)  # s 4
+        total = self._patches(np.where(known, place, 0.0))[0].sum(-1)
+        mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         rows, columns = self._patch_grid(sample.latitude.shape)
-        spacing = (
-            np.abs(np.diff(sample.latitude[:, 0].astype(np.float64))).mean() if len(sample.latitude) > 1 else np.nan
-        )
         out = np.full((rows * columns, len(SLOT_FEATURES)), np.nan, np.float32)
         out[:, 0] = mean[:, 0]
         out[:, 1] = np.degrees(np.arctan2(mean[:, 2], mean[:, 1]))
         out[:, 2] = mean[:, 3]
-        out[:, 3] = np.log(np.asarray(sample.levels[0], np.float64))
-        out[:, 4] = np.log(np.radians(spacing) * _EARTH_RADIUS_M * self.settings.grid_patch)
+        levels = _log_levels(sample)
+        out[:, 3] = levels[0] if (levels == levels[0]).all() else np.nan
+        out[:, 4] = np.log(_spacing_m(sample) * self.settings.grid_patch)
         return out
+
+
+def _log_levels(sample: Sample) -> np.ndarray:
+    """Logarithm of each variable's level, float32 (V,); NaN where there is none, or one that is not above 0."""
+    levels = np.array(sample.levels, np.float64)
+    return np.log(np.where(levels > 0, levels, np.nan)).astype(np.float32)
+
+
+def _spacing_m(sample: Sample) -> float:
+    """Metres between cells: of rows on a lat-lon grid, the root of the mean area on others; NaN where unknown."""
+    if is_lat_lon(sample.latitude, sample.longitude):
+        steps = np.abs(np.diff(sample.latitude[:, 0].astype(np.float64)))
+        return float(np.radians(steps.mean()) * EARTH_RADIUS_M) if steps.size else float("nan")
+    areas = cell_areas(sample.latitude, sample.longitude)
+    known = np.isfinite(areas)
+    return float(np.sqrt(areas[known].mean())) if known.any() else float("nan")
 
 
 def _own_forecast(past: Past, priors: list[LinearPrior] | None, *, leads: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -181,7 +224,8 @@ def _normalisation(
     sample: Sample, transformed: np.ndarray, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offset (F, V, Y, X), scale (V,) and home (V, Y, X), the climatology less the offset's mean level, from the first
-    `num_context` frames and the training statistics.
+    `num_context` frames and the training statistics. Offset and scale are numbers of float32, as the tokens hold them,
+    so that decoding adds exactly what encoding took off.
     """
     offset, scale = np.zeros(transformed.shape), np.ones(len(sample.variables))
     home = np.zeros(transformed.shape[1:])
@@ -202,5 +246,5 @@ def _normalisation(
         anomaly = (context - level)[valid]
         spread = float(np.sqrt((anomaly**2).mean())) if anomaly.size else 0.0
         floor = row.step_std if row else 0.0
-        scale[v] = max(spread, 0.5 * floor) or 1.0
-    return offset, scale, home
+        scale[v] = max(spread, 0.5 * floor, _LEAST_SCALE) if max(spread, floor) > 0 else 1.0
+    return offset.astype(np.float32).astype(np.float64), scale.astype(np.float32).astype(np.float64), home

@@ -10,6 +10,7 @@ import numpy as np
 
 from sci_tokenizers.sample import MODALITIES
 from sci_tokenizers.tokens import FRAME_FEATURES, SLOT_FEATURES, Tokens
+from sci_tokenizers.variables import VARIABLE_NAMES, lower_bound
 
 # What the next frame's question adds to a token: its time, known in advance (never its values).
 NEXT_FEATURES = ("next_year_phase", "next_day_phase", "log_next_step")
@@ -63,9 +64,12 @@ class Payload:
         ids: int64 (N,), series only (0 elsewhere).
         variable: int64 (N, V), -1 where a token has fewer variables.
         log_scale: float32 (N, V), NaN for uncalibrated counts.
+        log_level: float32 (N, V), NaN where a variable has no level of its own.
         pile: float32 (N, V), where the variable piles up; NaN where it does not.
         unit_token: int64 (U,), which of the N asks;  unit_target: int64 (U,), which of the N holds the answer.
         unit_anchor, unit_spread: float32 (U, V, K), what the head corrects: a location and the logarithm of a spread.
+        unit_lower: float32 (U, V, K), scaled bound below which an asked value cannot lie, -inf where there is none;
+            (U, V, 0) where no document of the batch has a bounded variable, and for series (they have the pile).
         unit_lead: int64 (U,), frames ahead.
         unit_weight: float32 (U,), importance of the document / its leads, 0 where nothing is valid.
         question: float32 (U, len(QUESTION_FEATURES)).
@@ -81,11 +85,13 @@ class Payload:
     ids: np.ndarray
     variable: np.ndarray
     log_scale: np.ndarray
+    log_level: np.ndarray
     pile: np.ndarray
     unit_token: np.ndarray
     unit_target: np.ndarray
     unit_anchor: np.ndarray
     unit_spread: np.ndarray
+    unit_lower: np.ndarray
     unit_lead: np.ndarray
     unit_weight: np.ndarray
     question: np.ndarray
@@ -99,6 +105,7 @@ class Batch:
         rows, row_length: the shape that T stands for.
         document: int64 (T,), number of the document in this batch, -1 where empty.
         frame, row, column: int64 (T,), rotary positions.
+        period: int64 (T,), columns once around the globe, 0 where a document does not go around.
         features: float32 (T, len(TOKEN_FEATURES)), NaN where unknown.
         payloads: {modality: Payload}, only modalities that are present.
         spans: per document (start, frames, slots) in the flat batch.
@@ -112,6 +119,7 @@ class Batch:
     frame: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    period: np.ndarray
     features: np.ndarray
     payloads: dict[str, Payload]
     spans: tuple[tuple[int, int, int], ...]
@@ -144,7 +152,7 @@ def collate(
         PackingError: a row's documents hold more tokens than the row.
     """
     total = len(rows) * row_length
-    columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column")}
+    columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column", "period")}
     document = np.full(total, -1, np.int64)
     features = np.full((total, len(TOKEN_FEATURES)), np.nan, np.float32)
     spans: list[tuple[int, int, int]] = []
@@ -163,6 +171,7 @@ def collate(
             columns["frame"][here] = np.repeat(np.arange(frames), tokens.num_slots)
             columns["row"][here] = np.tile(tokens.row, frames)
             columns["column"][here] = np.tile(tokens.column, frames)
+            columns["period"][here] = tokens.period
             features[here] = _token_features(tokens, frames)
             parts.setdefault(tokens.modality, []).append((at, tokens))
             spans.append((at, frames, tokens.num_slots))
@@ -199,6 +208,7 @@ def _token_features(tokens: Tokens, frames: int) -> np.ndarray:
 def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payload:
     """Concatenate the documents of one modality; variables are padded to the widest document."""
     width = max(tokens.payload.shape[2] for _, tokens in parts)
+    bounded = any(np.isfinite(_lower_bounds(tokens)).any() for _, tokens in parts)
     fields: dict[str, list[np.ndarray]] = {}
     first = 0
     for start, tokens in parts:
@@ -211,6 +221,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
         flat |= {
             "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, fill=0.0),
             "unit_spread": _wide(tokens.anchor_spread[origin, slot, :, :, which], width, fill=0.0),
+            "unit_lower": _wide(_unit_lower(tokens, target, slot=slot, bounded=bounded), width, fill=-np.inf),
             "index": start + np.arange(count),
             "unit_token": first + origin * tokens.num_slots + slot,
             "unit_target": first + target * tokens.num_slots + slot
@@ -261,8 +272,32 @@ def _flatten(tokens: Tokens, frames: int, *, width: int) -> dict[str, np.ndarray
         "ids": (tokens.ids[:frames].reshape(count) if tokens.ids is not None else np.zeros(count)).astype(np.int64),
         "variable": _wide(per_slot(tokens.variable).astype(np.int64), width, fill=-1),
         "log_scale": _wide(per_slot(tokens.log_scale), width, fill=np.nan),
+        "log_level": _wide(per_slot(_log_level(tokens)), width, fill=np.nan),
         "pile": _wide(per_slot(tokens.pile), width, fill=np.nan),
     }
+
+
+def _lower_bounds(tokens: Tokens) -> np.ndarray:
+    """Transformed bounds, float64 (S, V); -inf where a variable has none, and for series."""
+    if tokens.ids is not None:
+        return np.full(tokens.variable.shape, -np.inf)
+    rows, place = np.unique(tokens.variable, return_inverse=True)
+    return np.array([lower_bound(VARIABLE_NAMES[row]) for row in rows])[place].reshape(tokens.variable.shape)
+
+
+def _unit_lower(tokens: Tokens, target: np.ndarray, *, slot: np.ndarray, bounded: bool) -> np.ndarray:
+    """Scaled bounds of the values of these frames and slots, float32 (U, V, K), or (U, V, 0) where none is bounded; a
+    value that lies on its bound has the bound's very payload.
+    """
+    if not bounded:
+        return np.zeros((len(target), tokens.variable.shape[1], 0), np.float32)
+    away = _lower_bounds(tokens)[slot, :, None] - tokens.offset[target, slot]  # u v k
+    return (away / tokens.scale[slot, :, None]).astype(np.float32)
+
+
+def _log_level(tokens: Tokens) -> np.ndarray:
+    """(S, V), NaN where a variable has no level of its own."""
+    return tokens.log_level if tokens.log_level is not None else np.full(tokens.variable.shape, np.nan, np.float32)
 
 
 def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

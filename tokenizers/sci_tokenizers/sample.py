@@ -140,7 +140,10 @@ class Sample:
         if not np.logical_and.reduce(time[1:] > time[:-1]):
             steps = np.diff(time)
             at = int(np.argmin(steps))
-            raise SampleError(f"{self._where}: time must increase, but step {at} -> {at + 1} goes {steps[at]} s")
+            raise SampleError(
+                f"{self._where}: time must increase, but step {at} -> {at + 1} goes {steps[at]} s; sort the record by "
+                "time and keep one value of each time"
+            )
         if not np.logical_and.reduce(np.isfinite(values), axis=None):
             raise SampleError(f"{self._where}: values must be finite (0 where not valid)")
 

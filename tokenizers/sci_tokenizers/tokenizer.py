@@ -74,6 +74,13 @@ class Tokenizer(ABC):
     def num_slots(self, shape: tuple[int, int, int]) -> int:
         """Slots of a document whose samples have this (variables, rows, columns)."""
 
+    def check_size(self, shape: tuple[int, ...], *, where: str) -> None:  # noqa: B027  # most take any size
+        """Refuse samples whose (variables, rows, columns) this tokenizer cannot cut.
+
+        Raises:
+            TokenizerError: with `where`, the size that came and what to do.
+        """
+
     @abstractmethod
     def encode(
         self,

@@ -38,9 +38,12 @@ class Tokens:
         weight: float32 (S, V, K), area and variable weight of a value, mean 1 over a document.
         variable: int16 (S, V), rows of the variable table.
         row, column: int16 (S,), place of the slot on the patch grid (0 for unordered slots).
+        period: columns of patches once around the globe; 0 where the last column's neighbour is not the first.
         frame_features: float32 (F, len(FRAME_FEATURES)); NaN where unknown.
         slot_features: float32 (S, len(SLOT_FEATURES)); NaN where unknown.
         log_scale: float32 (S, V), natural logarithm of the scale in physical units; NaN for uncalibrated counts.
+        log_level: float32 (S, V), logarithm of each variable's level, NaN where it has none; None: one level for all of
+            a slot's variables, which `slot_features` tells.
         pile: float32 (S, V), the scaled value at which a variable piles up (dry hours); NaN where it does not.
         offset: float32 (F, S, V, K), scale: float32 (S, V): how to decode.
         time: float64 (F,), end of each frame, seconds since 1970 on the corpus calendar.
@@ -76,6 +79,8 @@ class Tokens:
     leads: tuple[int, ...]
     importance: float = 1.0
     size: tuple[int, int] = (1, 1)
+    period: int = 0
+    log_level: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.payload.ndim != 4:
@@ -102,6 +107,8 @@ class Tokens:
             "scale": (slots, variables),
             "time": (frames,),
         }
+        if self.log_level is not None:
+            expected["log_level"] = (slots, variables)
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise TokensError(f"document {self.key!r}: {name} has shape {shape}, got {getattr(self, name).shape}")
@@ -115,6 +122,12 @@ class Tokens:
             )
         if not self.leads or min(self.leads) < 1 or list(self.leads) != sorted(set(self.leads)):
             raise TokensError(f"document {self.key!r}: leads are ascending and positive, got {self.leads}")
+
+        if self.period and not 0 <= int(self.column.min()) <= int(self.column.max()) < self.period:
+            raise TokensError(
+                f"document {self.key!r}: columns are within 0..{self.period - 1} of a period of {self.period}, got "
+                f"{int(self.column.min())}..{int(self.column.max())}"
+            )
 
     @property
     def num_frames(self) -> int:

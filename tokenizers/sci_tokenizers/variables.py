@@ -225,6 +225,16 @@ def forward_transform(values: np.ndarray, variable: str) -> np.ndarray:
     return function(values / row.transform_unit)
 
 
+def lower_bound(variable: str) -> float:
+    """The transformed value below which nothing lies and at which many values do: of what accumulates or piles up
+    (precipitation, snow); -inf for all others. A range's other ends are there to find errors, and nothing lies on them.
+    """
+    row = VARIABLES[variable]
+    if not (row.piles_up or row.kind == "accumulated") or row.minimum == -np.inf:
+        return -np.inf
+    return float(forward_transform(np.array(row.minimum), variable))
+
+
 def inverse_transform(values: np.ndarray, variable: str) -> np.ndarray:
     """The inverse of `forward_transform`; log1p values below 0 come back as 0 (nothing is less than none)."""
     row = VARIABLES[variable]
