@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -37,11 +37,19 @@ class PayloadInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """Documents of one shape: token positions (documents, frames * slots) in the flat batch, and that shape."""
+    """Documents of one shape: token positions (documents, frames * slots) in the flat batch, and that shape.
+
+    `causal`: a token sees no frame after its own; else it sees all frames of its document.
+    """
 
     index: Tensor
     frames: int
     slots: int
+    causal: bool = True
+
+    def take(self, documents: list[int]) -> DocumentGroup:
+        """Some of the documents."""
+        return replace(self, index=self.index[documents])
 
 
 @dataclass(frozen=True, kw_only=True)
