@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from sci_gpt.model import attention
+from sci_gpt.model.attention import Reach, attend
 from sci_gpt.model.heads import GaussianPrediction, MixturePrediction
 from sci_gpt.model.inputs import ModelInputs, to_inputs
-from sci_gpt.model.layers import attend
 from sci_gpt.model.loss import crps_gaussian, mixture_log_probability, unit_losses, valid_weights, weighted_sums
 from sci_gpt.model.shapes import SHAPES
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
@@ -97,6 +98,44 @@ def test_documents_do_not_see_each_other(model: SciGPT) -> None:
         assert not torch.equal(after[own], before[own])
 
 
+@pytest.mark.parametrize("flexible", [False, True], ids=["by itself", "flex"])
+@pytest.mark.parametrize("radius", [None, 1])
+@torch.no_grad()
+def test_a_document_full_of_nan_moves_no_others_predictions(
+    model: SciGPT, flexible: bool, radius: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the whole model, heads too, by both kernels, bit by bit; its own predictions show it."""
+    monkeypatch.setattr(attention, "has_kernel", lambda device: flexible)
+    monkeypatch.setattr(model, "settings", replace(model.settings, radius=radius))
+    inputs = inputs_of(samples())
+    before = model(inputs)
+    for _, _, start, frames, slots in places():
+        own = torch.zeros(len(inputs.frame), dtype=torch.bool)
+        own[start : start + frames * slots] = True
+        after = model(filled_with_nan(inputs, own))
+        for modality, payload in inputs.payloads.items():
+            mine = own[payload.index[payload.unit_token]]
+            known = {name: value for name, value in vars(before[modality]).items() if value is not None}
+            for name, expected in known.items():
+                found = vars(after[modality])[name]
+                assert torch.equal(found[~mine], expected[~mine])
+            assert vars(after[modality])["mean"][mine].isnan().flatten(1).any(dim=1).all()
+
+
+def filled_with_nan(inputs: ModelInputs, own: torch.Tensor) -> ModelInputs:
+    """The batch with NaN for every number of these tokens' payload."""
+    payloads = {}
+    for modality, payload in inputs.payloads.items():
+        mine = own[payload.index]
+        spoilt = {
+            name: getattr(payload, name).masked_fill(mine.view(-1, *[1] * (getattr(payload, name).dim() - 1)), math.nan)
+            for name in ("values", "last", "memory", "volatility")
+        }
+        valid = payload.valid | mine.view(-1, *[1] * (payload.valid.dim() - 1))
+        payloads[modality] = replace(payload, valid=valid, **spoilt)
+    return replace(inputs, payloads=payloads)
+
+
 @torch.no_grad()
 def test_place_in_the_batch_does_not_matter(model: SciGPT) -> None:
     """A document alone in a batch gives what it gives among others (kernels may sum in another order)."""
@@ -119,10 +158,13 @@ def test_attention_equals_a_plain_masked_softmax() -> None:
     scores = torch.einsum("ihc,jhc->hij", q.double(), k.double()) / math.sqrt(8)
     share = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
     expected = torch.einsum("hij,jhc->ihc", share, v.double())
-    order = inputs.by_document
+    expected[document < 0] = 0.0
+    order, laid = inputs.by_document()
     assert sorted(order.tolist()) == torch.nonzero(document >= 0)[:, 0].tolist()
     for pieces in (1, 4, 11):  # 11: more than some documents have frames
-        found = attend(q[order], k[order], v=v[order], groups=inputs.groups, pieces=pieces)
+        found = attend(q, k, v=v, reach=Reach.of(inputs), pieces=pieces)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        found = attend(q[order], k[order], v=v[order], reach=Reach.of(laid), pieces=pieces)
         torch.testing.assert_close(found.double(), expected[order], rtol=1e-5, atol=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -39,11 +39,21 @@ class PayloadInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """Documents of one shape: token positions (documents, frames * slots) in the flat batch, and that shape."""
+    """Documents of one shape: token positions (documents, frames * slots) in the flat batch, and that shape.
+
+    `causal`: a token sees no frame after its own; else it sees all frames of its document. `side_by_side`: the groups
+    of the batch follow each other, and so do the documents of each, with nothing between them.
+    """
 
     index: Tensor
     frames: int
     slots: int
+    causal: bool = True
+    side_by_side: bool = False
+
+    def take(self, documents: list[int]) -> DocumentGroup:
+        """Some of the documents."""
+        return replace(self, index=self.index[documents], side_by_side=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +78,18 @@ class ModelInputs:
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
 
-    @property
-    def by_document(self) -> Tensor:
-        """Positions that hold a token, document after document, group by group, int64: how the layers lay them out."""
-        return torch.cat([group.index.reshape(-1) for group in self.groups]) if self.groups else self.frame[:0]
+    def by_document(self) -> tuple[Tensor, ModelInputs]:
+        """The positions that hold a token, document after document and group after group, int64; and where and when
+        the tokens are in that order, without features and payloads: how the layers lay a batch out.
+        """
+        order = torch.cat([group.index.reshape(-1) for group in self.groups]) if self.groups else self.frame[:0]
+        groups, first = [], 0
+        for group in self.groups:
+            index = torch.arange(first, first + group.index.numel(), device=order.device).view_as(group.index)
+            groups.append(replace(group, index=index, side_by_side=True))
+            first += index.numel()
+        laid = {name: getattr(self, name)[order] for name in ("frame", "row", "column", "period")}
+        return order, replace(self, features=self.features[:0], payloads={}, groups=tuple(groups), **laid)
 
     @property
     def last_frames(self) -> Tensor:

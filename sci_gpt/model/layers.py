@@ -1,11 +1,9 @@
-"""Layers of the trunk: RMSNorm, rotary positions, frame-causal attention over packed documents, SwiGLU."""
+"""Layers of the trunk: RMSNorm, rotary positions, the block of attention and SwiGLU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sci_gpt.model.inputs import DocumentGroup, ModelInputs
+from sci_gpt.model.attention import Reach, attend, attend_last
+from sci_gpt.model.inputs import ModelInputs
 from sci_gpt.model.shapes import ModelShape
 
 _EPSILON = 1e-6
@@ -124,69 +123,6 @@ def whole_turns(period: int, count: int) -> list[int]:
     return turns
 
 
-def frame_causal_mask(frames: int, slots: int, *, device: torch.device) -> Tensor:
-    """Bool (frames * slots, frames * slots): True where the column's frame is not after the row's."""
-    frame = torch.arange(frames, device=device).repeat_interleave(slots)
-    return frame[:, None] >= frame[None, :]
-
-
-def attend(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...], pieces: int = 1) -> Tensor:
-    """Each document attends by itself, frame-causally.
-
-    Args:
-        q, k, v: (T, heads, head_width), laid out as `ModelInputs.by_document`.
-        groups: documents by shape; there is no T x T mask anywhere.
-        pieces: stretches of frames that a document's queries are cut into, each of which meets no key after its own
-            last frame: less work, more calls, the same to float rounding.
-
-    Returns:
-        (T, heads, head_width).
-    """
-    parts = []
-    for group, of_q, of_k, of_v in _by_document(groups, q, k, v):
-        if group.slots == 1:
-            mixed = F.scaled_dot_product_attention(of_q, of_k, of_v, is_causal=True)
-        else:
-            mask = frame_causal_mask(group.frames, group.slots, device=q.device)
-            ends = [group.frames * piece // pieces * group.slots for piece in range(pieces + 1)]
-            mixes = [
-                F.scaled_dot_product_attention(
-                    of_q[:, :, start:end], of_k[:, :, :end], of_v[:, :, :end], attn_mask=mask[start:end, :end]
-                )
-                for start, end in pairwise(ends)
-                if end > start
-            ]
-            mixed = torch.cat(mixes, dim=2) if len(mixes) > 1 else mixes[0]
-        parts.append(rearrange(mixed, "d h t c -> (d t) h c"))
-    return torch.cat(parts) if parts else torch.zeros_like(q) + 0.0 * (q + k + v)
-
-
-def attend_last(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup, ...]) -> Tensor:
-    """The last frame of each document attends to the whole document, which is all before it: no mask is needed.
-
-    Args:
-        q: (A, heads, head_width), of the tokens of `ModelInputs.last_frames`, in that order.
-        k, v: (T, heads, head_width), of all tokens, laid out as `ModelInputs.by_document`.
-        groups: documents by shape.
-
-    Returns:
-        (A, heads, head_width), what `attend` gives for those tokens.
-    """
-    counts = [len(group.index) * group.slots for group in groups]
-    parts = []
-    for asking, (group, of_k, of_v) in zip(q.split(counts), _by_document(groups, k, v), strict=True):
-        of_q = rearrange(asking, "(d s) h c -> d h s c", s=group.slots)
-        parts.append(rearrange(F.scaled_dot_product_attention(of_q, of_k, of_v), "d h s c -> (d s) h c"))
-    return torch.cat(parts) if parts else torch.zeros_like(q)
-
-
-def _by_document(groups: tuple[DocumentGroup, ...], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Each group with its part (d, h, t, c) of each tensor (T, h, c)."""
-    counts = [group.index.numel() for group in groups]
-    for group, *own in zip(groups, *(x.split(counts) for x in tensors), strict=False):
-        yield group, *(rearrange(x, "(d t) h c -> d h t c", d=len(group.index)) for x in own)
-
-
 class Block(nn.Module):
     """Pre-norm attention with normalised queries and keys, then SwiGLU (Shazeer 2020)."""
 
@@ -210,7 +146,7 @@ class Block(nn.Module):
         x: Tensor,
         *,
         rotary: Rotary,
-        groups: tuple[DocumentGroup, ...],
+        reach: Reach,
         asked: Tensor | None = None,
         pieces: int = 1,
     ) -> Tensor:
@@ -226,9 +162,9 @@ class Block(nn.Module):
         q_angles = rotary if asked is None else rotary.take(asked)
         q, k = q_angles.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
         if asked is None:
-            mixed = attend(q, k, v=v, groups=groups, pieces=pieces)
+            mixed = attend(q, k, v=v, reach=reach, pieces=pieces)
         else:
-            mixed = attend_last(q, k, v=v, groups=groups)
+            mixed = attend_last(q, k, v=v, reach=reach)
         x = (x if asked is None else x[asked]) + self.output(rearrange(mixed, "t h c -> t (h c)"))
         normed = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sci_gpt.model.attention import Reach
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
 from sci_gpt.model.inputs import ModelInputs
@@ -21,17 +22,21 @@ _PIECES = 4  # of `attend` where nothing is trained: a quarter to a third less t
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What beside the trunk's shape decides the parameters.
+    """What beside the trunk's shape decides what the model computes.
 
     Attributes:
         tokenizer: sizes of tokens.
         mixture_components: logistics in the series head.
         num_variables: rows of the variable table when the model was made.
+        radius: farthest patch that a token of a grid sees, in rows and in columns; None: all.
+        global_every: every so-manieth layer sees all patches, whatever the radius.
     """
 
     tokenizer: TokenizerSettings
     mixture_components: int = 3
     num_variables: int = len(VARIABLES)
+    radius: int | None = None
+    global_every: int = 2
 
 
 class SciGPT(nn.Module):
@@ -102,13 +107,15 @@ class SciGPT(nn.Module):
         x = self.context(inputs.features)
         for modality, payload in inputs.payloads.items():
             x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
-        order, asked, pieces = inputs.by_document, None, 1
-        x, rotary = x[order], Rotary.of(inputs, self.shape.head_width).take(order)
-        if last_frames:
-            asked, pieces = torch.isin(order, inputs.last_frames).nonzero()[:, 0], _PIECES
+        order, laid = inputs.by_document()
+        x, rotary = x[order], Rotary.of(laid, self.shape.head_width)
+        wide, radius = Reach.of(laid), self.settings.radius
+        near = wide if radius is None else Reach.of(laid, radius=radius)
+        asked, pieces = (laid.last_frames, _PIECES) if last_frames else (None, 1)
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
-            x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces)
+            reach = near if number % self.settings.global_every else wide
+            x = block(x, rotary=rotary, reach=reach, asked=only, pieces=pieces)
         known = order if asked is None else order[asked]
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
 
