@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,9 @@ from sci_tokenizers.variables import VARIABLES
 
 _MAD_TO_STD = 1.4826
 _ORDERS = (8, 16, 24, 32, 48, 64, 96)
+_MANY = 256  # waveforms (receivers x components): a document of more, as of a fibre, takes fewer orders
+_ORDERS_OF_MANY = (8, 16, 32)
+_AT_ONCE = 128  # waveforms whose autoregressions are held at once
 _REFIT = 32  # frames
 _SPREAD_FLOOR = 1e-4  # of a context's spread: a record that its own past foretells exactly
 
@@ -25,6 +29,7 @@ class TraceTokenizer(Tokenizer):
     The payload stays linear in the waveform, so that superposition holds and a forecast's spread means the same
     before and
     after an onset; the embedding compresses what the model sees, and the loss counts errors in spreads of the anchor.
+    A value x comes back within (|x| + |x - offset|) / 2^24, float32's own rounding.
     """
 
     modality = "trace"
@@ -56,10 +61,11 @@ class TraceTokenizer(Tokenizer):
         blanked = np.where(seen, context, np.nan)
         empty = ~seen.any(axis=0)
         blanked[:, empty] = 0.0
-        offset = np.nanmedian(blanked, axis=0)  # c r
+        # Offset and scale are numbers of float32, as the tokens hold them: decoding adds just what encoding took off.
+        offset = _as_held(np.nanmedian(blanked, axis=0))  # c r
         spread = _MAD_TO_STD * np.nanmedian(np.abs(blanked - offset), axis=0)
         calibrated = np.array([VARIABLES[name].calibrated for name in sample.variables])[:, None]
-        scale = np.maximum(spread, np.where(calibrated, 1e-12, 1.0))
+        scale = _as_held(np.maximum(spread, np.where(calibrated, 1e-12, 1.0)))
         scaled = np.where(valid, (values - offset) / scale, 0.0)
         payload = scaled.reshape(frames, n, *scaled.shape[1:]).transpose(0, 3, 2, 1).astype(np.float32)  # f r c n
         mask = valid.reshape(frames, n, *valid.shape[1:]).transpose(0, 3, 2, 1)
@@ -104,6 +110,11 @@ class TraceTokenizer(Tokenizer):
         return moved.reshape(*lead, frames * n, components, receivers, 1).astype(np.float32)
 
 
+def _as_held(array: np.ndarray) -> np.ndarray:
+    """float64 of what float32 holds."""
+    return array.astype(np.float32).astype(np.float64)
+
+
 def _own_forecast(
     scaled: np.ndarray, valid: np.ndarray, *, n: int, num_context: int, leads: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
@@ -111,7 +122,7 @@ def _own_forecast(
     `autoregression.own_forecast`).
 
     The first fit is at the context's end; earlier frames are asked nothing and hold 0, as do components never seen
-    there.
+    there. A document of more than `_MANY` waveforms takes the lower orders alone, which costs less.
     """
     times, components, receivers = scaled.shape
     frames = times // n
@@ -120,18 +131,21 @@ def _own_forecast(
     steps = (np.asarray(leads)[:, None] - 1) * n + 1 + np.arange(n)  # lead n
     live = np.flatnonzero(known[:, : num_context * n].any(axis=1))
     origins = np.arange(num_context, frames + 1) * n - 1
-    own = own_forecast(flat[live], known[live], origins=origins, steps=steps.ravel(), orders=_ORDERS, refit=_REFIT)
-    out = {}
-    for name, values, tail in (
-        ("anchor", own.mean, steps.shape),
-        ("anchor_spread", np.log(np.maximum(own.spread, _SPREAD_FLOOR)), steps.shape),
-        ("volatility", own.volatility, (len(HORIZONS),)),
-    ):
-        whole = np.zeros((len(flat), frames, values.shape[2]), np.float32)
-        whole[np.ix_(live, np.arange(num_context - 1, frames))] = values
-        split = whole.reshape(receivers, components, frames, *tail)
-        out[name] = split.transpose(2, 0, 1, 4, 3) if len(tail) == 2 else split.transpose(2, 0, 1, 3)
-    return out
+    orders = _ORDERS if len(live) <= _MANY else _ORDERS_OF_MANY
+    tails = {"anchor": steps.shape, "anchor_spread": steps.shape, "volatility": (len(HORIZONS),)}
+    whole = {name: np.zeros((len(flat), frames, math.prod(tail)), np.float32) for name, tail in tails.items()}
+    for first in range(0, len(live), _AT_ONCE):
+        some = live[first : first + _AT_ONCE]
+        own = own_forecast(flat[some], known[some], origins=origins, steps=steps.ravel(), orders=orders, refit=_REFIT)
+        whole["anchor"][some, num_context - 1 :] = own.mean
+        whole["anchor_spread"][some, num_context - 1 :] = np.log(np.maximum(own.spread, _SPREAD_FLOOR))
+        whole["volatility"][some, num_context - 1 :] = own.volatility
+    split = {name: array.reshape(receivers, components, frames, *tails[name]) for name, array in whole.items()}
+    return {
+        "anchor": split["anchor"].transpose(2, 0, 1, 4, 3),
+        "anchor_spread": split["anchor_spread"].transpose(2, 0, 1, 4, 3),
+        "volatility": split["volatility"].transpose(2, 0, 1, 3),
+    }
 
 
 def _importance(
@@ -147,9 +161,8 @@ def _importance(
     first, start = leads[0], num_context - 1
     ahead, seen = payload[start + first :], valid[start + first :]
     count = len(ahead)
-    errors = (ahead - own["anchor"][start : start + count, ..., 0]) / np.exp(
-        own["anchor_spread"][start : start + count, ..., 0]
-    )
+    spread = np.exp(own["anchor_spread"][start : start + count, ..., 0].astype(np.float64))
+    errors = (ahead - own["anchor"][start : start + count, ..., 0]) / spread
     mean_square = float((errors**2)[seen].mean()) if seen.any() else 1.0
     return 1.0 / max(1.0, mean_square) ** 0.5
 
