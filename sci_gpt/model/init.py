@@ -33,7 +33,7 @@ def initialize(model: SciGPT, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith(".bias") or ".head.out." in name or name.endswith("variable_gain"):
+        elif name.endswith(".bias") or ".head.out." in name or name.endswith(("variable_gain", "id_table")):
             parameter.zero_()
         else:
             spread = _spread(name, parameter, layers=model.shape.layers)
