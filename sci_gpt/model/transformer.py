@@ -30,6 +30,7 @@ class ModelSettings:
         num_variables: rows of the variable table when the model was made.
         radius: farthest patch that a token of a grid sees, in rows and in columns; None: all.
         global_every: every so-manieth layer sees all patches, whatever the radius.
+        id_table: an id of a series is embedded by its value and by a row of its own.
     """
 
     tokenizer: TokenizerSettings
@@ -37,6 +38,7 @@ class ModelSettings:
     num_variables: int = len(VARIABLES)
     radius: int | None = None
     global_every: int = 2
+    id_table: bool = True
 
 
 class SciGPT(nn.Module):
@@ -52,8 +54,12 @@ class SciGPT(nn.Module):
         }
         rows, width = settings.num_variables, shape.width
         self.context = ContextEmbedding(width)
+        ids = {"series": settings.tokenizer.series_ids} if settings.id_table else {}
         self.embed = nn.ModuleDict(
-            {m: PayloadEmbedding(k, rows, width=width, levels=m == "grid") for m, k in values.items()}
+            {
+                m: PayloadEmbedding(k, rows, width=width, levels=m == "grid", num_ids=ids.get(m, 0))
+                for m, k in values.items()
+            }
         )
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
