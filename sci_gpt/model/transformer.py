@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.attention import Reach
+from sci_gpt.model.checkpointing import Checkpointing, run_layer
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
 from sci_gpt.model.inputs import ModelInputs
@@ -30,6 +32,7 @@ class ModelSettings:
         num_variables: rows of the variable table when the model was made.
         radius: farthest patch that a token of a grid sees, in rows and in columns; None: all.
         global_every: every so-manieth layer sees all patches, whatever the radius.
+        base_width: of the muP rule, at which it changes nothing (see `width`); None: the standard rule.
     """
 
     tokenizer: TokenizerSettings
@@ -37,10 +40,14 @@ class ModelSettings:
     num_variables: int = len(VARIABLES)
     radius: int | None = None
     global_every: int = 2
+    base_width: int | None = None
 
 
 class SciGPT(nn.Module):
-    """One transformer over frames x slots: embeddings and heads by modality, one trunk."""
+    """One transformer over frames x slots: embeddings and heads by modality, one trunk.
+
+    `checkpointing` says what of a layer its backward pass computes again; it changes memory and time, no number.
+    """
 
     def __init__(self, shape: ModelShape, settings: ModelSettings) -> None:
         super().__init__()
@@ -51,6 +58,8 @@ class SciGPT(nn.Module):
             "trace": settings.tokenizer.trace_samples,
         }
         rows, width = settings.num_variables, shape.width
+        output_scale = 1.0 if settings.base_width is None else settings.base_width / width
+        self.checkpointing: Checkpointing = "none"
         self.context = ContextEmbedding(width)
         self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width=width) for m, k in values.items()})
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -64,15 +73,22 @@ class SciGPT(nn.Module):
                     num_memories=len(MEMORIES),
                     start=START_LEAN["grid"],
                     pace=GRID_PACE,
+                    output_scale=output_scale,
                 ),
                 "series": MixtureHead(
                     width,
                     rows,
                     components=settings.mixture_components,
                     bin_width=settings.tokenizer.series_bin_width,
+                    output_scale=output_scale,
                 ),
                 "trace": GaussianHead(
-                    width, rows, num_values=values["trace"], num_memories=0, start=START_LEAN["trace"]
+                    width,
+                    rows,
+                    num_values=values["trace"],
+                    num_memories=0,
+                    start=START_LEAN["trace"],
+                    output_scale=output_scale,
                 ),
             }
         )
@@ -111,7 +127,8 @@ class SciGPT(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
             reach = near if number % self.settings.global_every else wide
-            x = block(x, rotary=rotary, reach=reach, asked=only, pieces=pieces)
+            layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces)
+            x = run_layer(layer, x, checkpointing=self.checkpointing)
         if asked is None:
             return self.norm(x)
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, asked, self.norm(x))
