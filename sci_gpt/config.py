@@ -208,15 +208,26 @@ class TokenizerConfig(Node):
     series_limit: float = Field(default=15.0, gt=0)
 
 
+class AttentionConfig(Node):
+    """Tokens of a grid see `radius` patches (null: all) in rows and columns, in every `global_every`-th layer all."""
+
+    radius: int | None = Field(default=None, ge=0)
+    global_every: int = Field(default=2, ge=2)
+
+
 class ModelConfig(Node):
-    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py) and its series head.
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py), its series head, its attention.
 
     id_table: an id of a series has an embedding of its own beside that of its value.
+    width_rule: mup scales hidden learning rates and outputs by base_width / width, so that a rate tuned there holds.
     """
 
     size: str
     mixture_components: int = Field(default=3, ge=1)
     id_table: bool = True
+    attention: AttentionConfig = AttentionConfig()
+    width_rule: Literal["standard", "mup"] = "standard"
+    base_width: int = Field(default=128, ge=8)
 
 
 class OptimizerConfig(Node):
@@ -247,13 +258,15 @@ class ScheduleConfig(Node):
 
 
 class ParallelConfig(Node):
-    """The layout of a run on this machine; `threads_per_process` compute, and as many read ahead."""
+    """The layout of a run on this machine; `threads_per_process` compute, and as many read ahead; the backward pass
+    computes nothing of a layer again, all but matrix products and attention (selective), or all (full)."""
 
     processes: int = Field(default=1, ge=1)
     threads_per_process: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
     accumulation: int = Field(default=1, ge=1)
     dtype: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
     @model_validator(mode="after")
     def _works(self) -> Self:

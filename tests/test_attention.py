@@ -231,13 +231,9 @@ def test_the_last_frames_alone_are_those_of_all(radius: int | None) -> None:
 
 
 def test_a_large_document_is_cut_so_that_no_mask_passes_its_bound() -> None:
-    index = torch.zeros(1, 1, dtype=torch.int64)
-    small = DocumentGroup(index=index, frames=8, slots=100)
-    assert cuts(small) == [0, 8] and cuts(small, 4) == [0, 2, 4, 6, 8]
-    large = DocumentGroup(index=index, frames=8, slots=2000)  # two frames' queries with all keys: 64 M entries
-    assert cuts(large) == list(range(9))  # frame by frame, which needs no mask
-    middle = DocumentGroup(index=index, frames=8, slots=600)  # 23 M entries in one piece, 11.5 M in the later of two
-    assert cuts(middle) == [0, 4, 8]
+    assert cuts(8, 100) == [0, 8] and cuts(8, 100, pieces=4) == [0, 2, 4, 6, 8]
+    assert cuts(8, 2000) == list(range(9))  # 64 M entries in one piece, two frames 16 M too; one frame needs no mask
+    assert cuts(8, 600) == [0, 4, 8]  # 23 M entries in one piece, 11.5 M in the later of two
 
 
 def test_documents_within_the_radius_are_not_tiled() -> None:

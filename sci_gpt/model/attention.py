@@ -88,18 +88,17 @@ def frame_causal_mask(first: int, stop: int, *, slots: int, device: torch.device
     return frame[first * slots :, None] >= frame[None, :]
 
 
-def cuts(group: DocumentGroup, pieces: int = 1) -> list[int]:
+def cuts(frames: int, slots: int, *, pieces: int = 1) -> list[int]:
     """Frames at which a causal document's queries are cut: in `pieces`, or in more where a mask would be larger than
     MASK_ENTRIES; a piece of one frame needs none.
     """
-    pieces = min(pieces, group.frames)
+    pieces = min(pieces, frames)
     while True:
-        ends = [group.frames * piece // pieces for piece in range(pieces + 1)]
-        rows = [stop - first for first, stop in pairwise(ends)]
-        entries = [n * stop * group.slots**2 for n, stop in zip(rows, ends[1:], strict=True) if n > 1]
+        ends = [frames * piece // pieces for piece in range(pieces + 1)]
+        entries = [(stop - first) * stop * slots**2 for first, stop in pairwise(ends) if stop - first > 1]
         if max(entries, default=0) <= MASK_ENTRIES:
             return ends
-        pieces = min(2 * pieces, group.frames)
+        pieces = min(2 * pieces, frames)
 
 
 def attend(q: Tensor, k: Tensor, *, v: Tensor, reach: Reach, pieces: int = 1) -> Tensor:
@@ -193,7 +192,7 @@ def _attend_wide(q: Tensor, k: Tensor, *, v: Tensor, group: DocumentGroup, piece
     if group.slots == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     mixes = []
-    for first, stop in pairwise(cuts(group, pieces)):
+    for first, stop in pairwise(cuts(group.frames, group.slots, pieces=pieces)):
         several = stop - first > 1
         mask = frame_causal_mask(first, stop, slots=group.slots, device=q.device) if several else None
         start, end = first * group.slots, stop * group.slots

@@ -65,10 +65,14 @@ class Head(nn.Module):
         num_variables: rows of the variable table.
         outputs: numbers per variable of a token.
         levels: as for `PayloadEmbedding`.
+        output_scale: factor of the last layer's input (muP: base width / width).
     """
 
-    def __init__(self, width: int, num_variables: int, *, outputs: int, levels: bool = False) -> None:
+    def __init__(
+        self, width: int, num_variables: int, *, outputs: int, levels: bool = False, output_scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.output_scale = output_scale
         self.norm = RMSNorm(width)
         self.question = QuestionEmbedding(width)
         self.variable = nn.Parameter(torch.zeros(num_variables, width))
@@ -83,7 +87,8 @@ class Head(nn.Module):
         asked = trunk[:, None] + F.embedding(row, self.variable)  # u v w
         if self.level is not None:
             asked = asked + self.level(payload.log_level[payload.unit_token])
-        return self.out(torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1))
+        known = torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1)
+        return self.out(known if self.output_scale == 1.0 else self.output_scale * known)
 
 
 def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor, start: float) -> Tensor:
@@ -137,6 +142,7 @@ class GaussianHead(nn.Module):
         start: of START_LEAN.
         pace: factor of the correction; below 1 it is learned more slowly.
         levels: as for `PayloadEmbedding`.
+        output_scale: as for `Head`.
     """
 
     def __init__(
@@ -149,11 +155,13 @@ class GaussianHead(nn.Module):
         start: float,
         pace: float = 1.0,
         levels: bool = False,
+        output_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.start_lean, self.pace = start, pace
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
-        self.head = Head(width, num_variables, outputs=sum(self.sizes), levels=levels)
+        self.num_leaning = num_values * num_memories + len(HORIZONS)  # products per answer of `_located` and `_spread`
+        self.head = Head(width, num_variables, outputs=sum(self.sizes), levels=levels, output_scale=output_scale)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
         """(N, width) to (U, V, K) predictions."""
@@ -172,9 +180,12 @@ class MixtureHead(nn.Module):
         width, num_variables: as for `Head`.
         components: logistics, the pile not counted.
         bin_width: of the quantizer, in scaled units.
+        output_scale: as for `Head`.
     """
 
-    def __init__(self, width: int, num_variables: int, *, components: int, bin_width: float) -> None:
+    def __init__(
+        self, width: int, num_variables: int, *, components: int, bin_width: float, output_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.pile_spread = math.log(bin_width * _PILE_WIDTH)
         self.start_lean = START_LEAN["series"]
@@ -186,7 +197,8 @@ class MixtureHead(nn.Module):
             components + len(MEMORIES),
             1 + len(HORIZONS),
         ]
-        self.head = Head(width, num_variables, outputs=sum(self.sizes))
+        self.num_leaning = len(MEMORIES) + len(HORIZONS)  # as in `GaussianHead`
+        self.head = Head(width, num_variables, outputs=sum(self.sizes), output_scale=output_scale)
         start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("pile_start", torch.tensor(_PILE_START), persistent=False)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sci_gpt.model.heads import GaussianPrediction, MixturePrediction, Prediction
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs
-from sci_gpt.model.shapes import ModelShape
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 
@@ -110,15 +109,3 @@ def weighted_sums(
 def valid_weights(inputs: ModelInputs) -> dict[str, float]:
     """Sum of unit weights per modality present: known before the forward pass, summed over ranks once per step."""
     return {modality: float(payload.unit_weight.sum()) for modality, payload in inputs.payloads.items()}
-
-
-def flops_per_token(shape: ModelShape, document_tokens: int, *, causal: bool = True) -> float:
-    """Forward and backward FLOPs of the trunk per token: 6 x parameters + attention scores and mixing.
-
-    Args:
-        shape: of the trunk.
-        document_tokens: tokens that a token may attend to at most.
-        causal: half of the scores are masked and not computed.
-    """
-    attention = 12 * shape.layers * shape.width * document_tokens * (0.5 if causal else 1.0)
-    return 6.0 * shape.trunk_parameters + attention

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.attention import Reach
+from sci_gpt.model.checkpointing import Checkpointing, run_layer
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
 from sci_gpt.model.inputs import ModelInputs
@@ -31,6 +33,7 @@ class ModelSettings:
         radius: farthest patch that a token of a grid sees, in rows and in columns; None: all.
         global_every: every so-manieth layer sees all patches, whatever the radius.
         id_table: an id of a series is embedded by its value and by a row of its own.
+        base_width: of the muP rule, at which it changes nothing (see `width`); None: the standard rule.
     """
 
     tokenizer: TokenizerSettings
@@ -39,10 +42,14 @@ class ModelSettings:
     radius: int | None = None
     global_every: int = 2
     id_table: bool = True
+    base_width: int | None = None
 
 
 class SciGPT(nn.Module):
-    """One transformer over frames x slots: embeddings and heads by modality, one trunk."""
+    """One transformer over frames x slots: embeddings and heads by modality, one trunk.
+
+    `checkpointing` says what of a layer its backward pass computes again; it changes memory and time, no number.
+    """
 
     def __init__(self, shape: ModelShape, settings: ModelSettings) -> None:
         super().__init__()
@@ -53,6 +60,8 @@ class SciGPT(nn.Module):
             "trace": settings.tokenizer.trace_samples,
         }
         rows, width = settings.num_variables, shape.width
+        output_scale = 1.0 if settings.base_width is None else settings.base_width / width
+        self.checkpointing: Checkpointing = "none"
         self.context = ContextEmbedding(width)
         ids = {"series": settings.tokenizer.series_ids} if settings.id_table else {}
         self.embed = nn.ModuleDict(
@@ -73,15 +82,22 @@ class SciGPT(nn.Module):
                     start=START_LEAN["grid"],
                     pace=GRID_PACE,
                     levels=True,
+                    output_scale=output_scale,
                 ),
                 "series": MixtureHead(
                     width,
                     rows,
                     components=settings.mixture_components,
                     bin_width=settings.tokenizer.series_bin_width,
+                    output_scale=output_scale,
                 ),
                 "trace": GaussianHead(
-                    width, rows, num_values=values["trace"], num_memories=0, start=START_LEAN["trace"]
+                    width,
+                    rows,
+                    num_values=values["trace"],
+                    num_memories=0,
+                    start=START_LEAN["trace"],
+                    output_scale=output_scale,
                 ),
             }
         )
@@ -121,7 +137,8 @@ class SciGPT(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
             reach = near if number % self.settings.global_every else wide
-            x = block(x, rotary=rotary, reach=reach, asked=only, pieces=pieces)
+            layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces)
+            x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from sci_gpt.errors import ConfigError
+from sci_gpt.model.checkpointing import Checkpointing
 from sci_gpt.model.shapes import ModelShape
 
 _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 _MASTER_AND_MOMENTS = 12  # fp32 master weight and two moments of Adam
+# Widths and hidden widths that a layer keeps per token; widths that embeddings and heads keep.
+_KEPT: dict[Checkpointing, tuple[float, float]] = {"none": (11.0, 4.0), "selective": (7.0, 2.0), "full": (1.0, 0.0)}
+_ENDS = 12.0
 _FP32_ADAM = 8  # two moments; in fp32 the weights are their own master at ZeRO 0
 
 
@@ -49,23 +53,33 @@ def model_state_bytes(  # signature of DESIGN section 7
     return num_params * (weights + gradients + optimizer)
 
 
-def activation_bytes(shape: ModelShape, num_tokens: int, *, dtype: str = "fp32") -> float:
+def activation_bytes(
+    shape: ModelShape, num_tokens: int, *, dtype: str = "fp32", checkpointing: Checkpointing = "none"
+) -> float:
     """Estimate of what one micro-batch keeps for its backward pass on one device.
 
     Per token, in values: each layer keeps 11 widths (what the two norms give, scaled and not, queries and keys after
     norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the two
-    branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths. Attention
-    probabilities are not kept.
+    branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths. Attention probabilities are not
+    kept. With selective checkpointing a layer keeps 7 widths (its input, queries, keys, values, the attention's result,
+    its two outputs) and 2 hidden widths (the two branches), with full its input alone; then one layer at a time has the
+    rest again.
 
     Args:
         shape: of the trunk.
         num_tokens: token positions of the micro-batch (its rows x row length).
         dtype: fp32, or bf16 for half of it.
+        checkpointing: what a layer computes again in its backward pass.
 
     Raises:
-        ConfigError: a type that does not exist.
+        ConfigError: a type or a way of checkpointing that does not exist.
     """
     if dtype not in _WEIGHT_BYTES:
         raise ConfigError(f"dtype is one of {sorted(_WEIGHT_BYTES)}, got {dtype!r}")
-    per_token = shape.layers * (11.0 * shape.width + 4.0 * shape.hidden) + 12.0 * shape.width
+    if checkpointing not in _KEPT:
+        raise ConfigError(f"activation_checkpointing is one of {sorted(_KEPT)}, got {checkpointing!r}")
+    whole, kept = (
+        widths * shape.width + hiddens * shape.hidden for widths, hiddens in (_KEPT["none"], _KEPT[checkpointing])
+    )
+    per_token = shape.layers * kept + (whole - kept) + _ENDS * shape.width
     return num_tokens * per_token * _WEIGHT_BYTES[dtype]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sci_gpt.config import PretrainConfig
+from sci_gpt.config import ModelConfig, PretrainConfig
 from sci_gpt.data.curriculum import Curriculum, Phase
 from sci_gpt.data.faults import Patience
 from sci_gpt.data.loader import Corpus, packing_report
@@ -86,10 +86,14 @@ def model_shape(config: PretrainConfig) -> ModelShape:
 
 def model_settings(config: PretrainConfig) -> ModelSettings:
     """What beside the trunk decides the parameters."""
+    model, attention = config.model, config.model.attention
     return ModelSettings(
         tokenizer=tokenizer_settings(config),
-        mixture_components=config.model.mixture_components,
-        id_table=config.model.id_table,
+        mixture_components=model.mixture_components,
+        id_table=model.id_table,
+        radius=attention.radius,
+        global_every=attention.global_every,
+        base_width=model.base_width if model.width_rule == "mup" else None,
     )
 
 
@@ -143,10 +147,19 @@ def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
     that lie ahead of a checkpoint (`resume.eaten`).
     """
     tree = config.model_dump(mode="json")
+    tree["model"] = config.model.model_dump(mode="json", exclude=_unchanged(config.model))
     names = ("seed", "phases", "shuffle_block", "shuffle_time", "tokenizer", "model", "loss_factor")
     # The fingerprint's parts stand beside it: a refusal then names the source, and whether files or split differ.
     data = {"fingerprint": store.fingerprint, "data": store.manifest.get("fingerprint_parts", {})}
     return data | {name: tree[name] for name in names}
+
+
+def _unchanged(model: ModelConfig) -> set[str]:
+    """Keys that compute what was computed before they were there: older checkpoints do not have them."""
+    later = {"attention", "width_rule", "base_width"}
+    if model.width_rule == "mup":
+        later -= {"width_rule", "base_width"}
+    return later if model.attention.radius is None else later - {"attention"}
 
 
 def loss_factor(config: PretrainConfig) -> dict[str, float]:

@@ -11,13 +11,17 @@ import torch
 from sci_gpt.config import MixtureEntry, PhaseConfig, PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
-from sci_gpt.model.loss import flops_per_token
+from sci_gpt.model.flops import PayloadWork, Work, document_pairs, training_flops
+from sci_gpt.model.tiles import tiles_of
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.reading import demand, describe_reading, reading
+from sci_tokenizers.sample import Modality
 from sci_tokenizers.table import make_tokenizer
+from sci_tokenizers.tokenizer import TokenizerSettings
 
+_WIDEST = 1024  # of the matrix product that is measured
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
 
@@ -154,42 +158,70 @@ def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict
         "tokens_per_step": phase.rows_per_step * phase.row_length,
         "rows_per_process": rows * layout.accumulation,
         "tokens_per_process": rows * layout.accumulation * phase.row_length,
-        "activation_bytes": activation_bytes(shape, rows * phase.row_length, dtype=layout.dtype),
+        "activation_bytes": activation_bytes(
+            shape,
+            rows * phase.row_length,
+            dtype=layout.dtype,
+            checkpointing=config.parallel.activation_checkpointing,
+        ),
         "flops_per_step": flops,
         "seconds_per_step_at_least": flops / layout.data_parallel / rate,
     }
 
 
 def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> float:
-    """6 x parameters x tokens of the trunk, attention, and 6 x parameters of a modality's own parts for its tokens."""
+    """FLOPs of the phase's documents in their shares of rows without gaps (`flops.training_flops`)."""
     store, settings = Store.open(config.data), parts.tokenizer_settings(config)
-    tables = ("variable", "variable_gain", "variable_bias", "id_table")  # looked up, not multiplied
     weight = sum(entry.weight for entry in phase.mixture)
     per_token = 0.0
     for entry in phase.mixture:
-        modality = store.modality(entry.source)
-        length = entry.frames * make_tokenizer(modality, settings).num_slots(store.shape(entry.source))
-        share = entry.weight / weight
-        own = {"embed": 1.0, "heads": float(len(entry.leads)) * _asking_share(entry)}
-        for part, times in own.items():
-            multiplied = sum(
-                parameter.numel()
-                for name, parameter in getattr(model, part)[modality].named_parameters()
-                if name.rpartition(".")[2] not in tables
-            )
-            per_token += share * 6.0 * multiplied * times
-        per_token += share * flops_per_token(model.shape, length)
-    per_token += 6.0 * sum(parameter.numel() for parameter in model.context.parameters())
+        work = document_work(
+            entry,
+            store.modality(entry.source),
+            shape=store.shape(entry.source),
+            settings=settings,
+            radius=config.model.attention.radius,
+        )
+        per_token += entry.weight / weight * sum(training_flops(model, work).values()) / work.positions
     return per_token * phase.rows_per_step * phase.row_length
 
 
-def _asking_share(entry: MixtureEntry) -> float:
-    """Share of a document's frames that are asked for what follows: those from the last context frame on."""
-    return 1.0 - (sum(entry.context_frames) / 2 - 1) / entry.frames
+def document_work(
+    entry: MixtureEntry,
+    modality: Modality,
+    *,
+    shape: tuple[int, int, int],
+    settings: TokenizerSettings,
+    radius: int | None,
+) -> Work:
+    """What a document of a source gives the model to do, in the mean over its numbers of context frames.
+
+    A grid's neighbourhoods are counted as those of a region, at whose sides some are smaller than around the globe.
+    """
+    slots, variables = make_tokenizer(modality, settings).num_slots(shape), 1 if modality == "series" else shape[0]
+    first, last = entry.context_frames
+    asked = [max(0, entry.frames - lead - context + 1) for context in range(first, last + 1) for lead in entry.leads]
+    units = slots * sum(asked) / (last - first + 1)
+    wide = near = document_pairs(entry.frames, slots)
+    if modality == "grid" and radius is not None:
+        rows, columns = (-(-size // settings.grid_patch) for size in shape[1:])
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        near = document_pairs(entry.frames, slots, tiles=tiles_of(row, column, period=0, radius=radius))
+    return Work(
+        positions=entry.frames * slots,
+        tokens=entry.frames * slots,
+        wide_pairs=wide,
+        near_pairs=near,
+        payloads={modality: PayloadWork(rows=entry.frames * slots * variables, units=units, answers=units * variables)},
+    )
 
 
 def _matmul_rate(width: int, tokens: int, *, threads: int) -> float:
-    """FLOPs per second of (tokens, width) x (width, 4 width) on this machine with a process's threads; takes 0.2 s."""
+    """FLOPs per second of (tokens, width) x (width, 4 width) on this machine with a process's threads; takes 0.2 s.
+
+    Beyond _WIDEST, from where on the rate hardly rises, that width is measured.
+    """
+    width = min(width, _WIDEST)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

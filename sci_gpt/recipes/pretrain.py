@@ -55,6 +55,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     _refuse_long_windows(curriculum)
     model = build_model(parts.model_shape(config), parts.model_settings(config))
+    model.checkpointing = config.parallel.activation_checkpointing
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     world = World.start(threads=config.parallel.threads_per_process)
