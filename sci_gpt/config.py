@@ -209,10 +209,14 @@ class TokenizerConfig(Node):
 
 
 class ModelConfig(Node):
-    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py) and its series head."""
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py) and its series head.
+
+    id_table: an id of a series has an embedding of its own beside that of its value.
+    """
 
     size: str
     mixture_components: int = Field(default=3, ge=1)
+    id_table: bool = True
 
 
 class OptimizerConfig(Node):

@@ -92,11 +92,18 @@ class PayloadEmbedding(nn.Module):
         num_values: K of a token; 1 (series) goes through `ValueFeatures`.
         num_variables: rows of the variable table; per-variable weights are one stacked parameter, indexed.
         width: of the trunk.
+        num_ids: rows of a table of ids, of which an id's row is added to its value's embedding; 0: no table. The table
+            starts at 0: an id is first known by its value alone, and learns what its neighbours do not share.
         levels: a token may hold one variable at several levels: each variable's level is embedded with it.
     """
 
-    def __init__(self, num_values: int, num_variables: int, *, width: int, levels: bool = False) -> None:
+    id_table: nn.Parameter | None
+
+    def __init__(
+        self, num_values: int, num_variables: int, *, width: int, num_ids: int = 0, levels: bool = False
+    ) -> None:
         super().__init__()
+        self.id_table = nn.Parameter(torch.zeros(num_ids, width)) if num_ids else None
         self.value_features = ValueFeatures() if num_values == 1 else None
         inputs = ValueFeatures.out_features if num_values == 1 else num_values
         self.num_memories = len(MEMORIES) if num_values == 1 else 0
@@ -106,7 +113,11 @@ class PayloadEmbedding(nn.Module):
         self.level = LevelEmbedding(2 * width) if levels else None
 
     def forward(self, payload: PayloadInputs) -> Tensor:
-        """(N, width)."""
+        """(N, width).
+
+        Raises:
+            ValueError: an id that the table does not have (on a CPU; elsewhere looking would wait for the device).
+        """
         valid = payload.valid.float()
         values = payload.values * valid
         if self.value_features is not None:
@@ -125,7 +136,21 @@ class PayloadEmbedding(nn.Module):
             level_gain, level_bias = self.level(payload.log_level).chunk(2, dim=-1)
             gain, bias = gain + level_gain, bias + level_bias
         embedded = projected * (1.0 + gain) + bias
-        return (embedded * present).sum(dim=1)
+        summed = (embedded * present).sum(dim=1)
+        return summed if self.id_table is None else summed + self._of_ids(payload.ids) * valid[:, 0, :1]
+
+    def _of_ids(self, ids: Tensor) -> Tensor:
+        """Rows (N, width) of the table."""
+        assert self.id_table is not None
+        rows = len(self.id_table)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ids[(ids < 0) | (ids >= rows)]
+            if len(wrong):
+                raise ValueError(
+                    f"id {int(wrong[0])} is not within 0..{rows - 1}, the ids of this model's series; encode with its "
+                    "tokenizer settings (series_ids)"
+                )
+        return F.embedding(ids, self.id_table)
 
 
 class ContextEmbedding(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from sci_gpt.model.transformer import SciGPT
 
 LEVELS = "level.project.weight"  # what variables' levels weigh, in embedding and head
-_ZERO = (".bias", "variable_gain", LEVELS)  # what adds nothing before training
+_ZERO = (".bias", "variable_gain", "id_table", LEVELS)  # what adds nothing before training
 
 
 def standard_normal(seed: int, name: str, *, start: int, stop: int) -> Tensor:

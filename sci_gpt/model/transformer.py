@@ -27,11 +27,13 @@ class ModelSettings:
         tokenizer: sizes of tokens.
         mixture_components: logistics in the series head.
         num_variables: rows of the variable table when the model was made.
+        id_table: an id of a series is embedded by its value and by a row of its own.
     """
 
     tokenizer: TokenizerSettings
     mixture_components: int = 3
     num_variables: int = len(VARIABLES)
+    id_table: bool = True
 
 
 class SciGPT(nn.Module):
@@ -47,8 +49,12 @@ class SciGPT(nn.Module):
         }
         rows, width = settings.num_variables, shape.width
         self.context = ContextEmbedding(width)
+        ids = {"series": settings.tokenizer.series_ids} if settings.id_table else {}
         self.embed = nn.ModuleDict(
-            {m: PayloadEmbedding(k, rows, width=width, levels=m == "grid") for m, k in values.items()}
+            {
+                m: PayloadEmbedding(k, rows, width=width, num_ids=ids.get(m, 0), levels=m == "grid")
+                for m, k in values.items()
+            }
         )
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(width)

@@ -17,6 +17,7 @@ from sci_gpt.errors import CheckpointError, ConfigError, DataError
 from sci_gpt.recipes.card import Evaluation, card
 from sci_gpt.recipes.load import EXPORT_FORMAT, MODEL_JSON, WEIGHTS, LoadedModel, assemble, load_model, model_folder
 from sci_gpt.train.checkpoint import file_sha256, read_state, read_weights
+from sci_gpt.train.resume import with_old_model
 from sci_tokenizers.variables import VARIABLES
 
 CARD = "card.md"
@@ -100,7 +101,7 @@ def export_model(
 def _export_checkpoint(checkpoint: Path, folder: Path, *, data: Path | str | None) -> Evaluation:
     """Export a checkpoint with the licences of its store and the scores of its run; what is known of the scores."""
     state = read_state(checkpoint)
-    config = parse_config(dict(state["config"]), PretrainConfig, where=str(checkpoint))
+    config = parse_config(with_old_model(state["config"]), PretrainConfig, where=str(checkpoint))
     where = data or config.data
     try:
         store = Store.open(where)

@@ -32,6 +32,7 @@ from sci_gpt.recipes.film_grid import tiles
 from sci_gpt.recipes.films import film_kind
 from sci_gpt.recipes.rows import in_this_table
 from sci_gpt.train.checkpoint import latest, read_state, read_weights
+from sci_gpt.train.resume import with_old_model
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics, statistics_from_json
 from sci_tokenizers.table import make_tokenizer
@@ -310,7 +311,7 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
     Raises:
         CheckpointError: the weights are not those of the model that the state describes.
     """
-    config = parse_config(dict(state["config"]), PretrainConfig, where=where)
+    config = parse_config(with_old_model(state["config"]), PretrainConfig, where=where)
     statistics = statistics_from_json(state["statistics"])
     weights, num_variables = in_this_table(state, weights, where=where)
     settings = replace(parts.model_settings(config), num_variables=num_variables)

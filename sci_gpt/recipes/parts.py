@@ -86,7 +86,11 @@ def model_shape(config: PretrainConfig) -> ModelShape:
 
 def model_settings(config: PretrainConfig) -> ModelSettings:
     """What beside the trunk decides the parameters."""
-    return ModelSettings(tokenizer=tokenizer_settings(config), mixture_components=config.model.mixture_components)
+    return ModelSettings(
+        tokenizer=tokenizer_settings(config),
+        mixture_components=config.model.mixture_components,
+        id_table=config.model.id_table,
+    )
 
 
 def parallel_plan(config: PretrainConfig) -> ParallelPlan:

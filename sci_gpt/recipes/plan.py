@@ -163,7 +163,7 @@ def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict
 def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> float:
     """6 x parameters x tokens of the trunk, attention, and 6 x parameters of a modality's own parts for its tokens."""
     store, settings = Store.open(config.data), parts.tokenizer_settings(config)
-    tables = ("variable", "variable_gain", "variable_bias")  # looked up, not multiplied
+    tables = ("variable", "variable_gain", "variable_bias", "id_table")  # looked up, not multiplied
     weight = sum(entry.weight for entry in phase.mixture)
     per_token = 0.0
     for entry in phase.mixture:

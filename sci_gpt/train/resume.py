@@ -14,6 +14,7 @@ from sci_gpt.train.checkpoint import latest, read_state
 from sci_gpt.train.tracker import flatten
 
 _SHOWN = 4
+_NOT_THEN = {"id_table": False}  # keys of the configuration's `model` that checkpoints may lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,18 @@ def where_to_go_on(run: Path, identity: Mapping[str, Any]) -> Start:
         return Start(checkpoint=None, step=0, next_sample=0)
     state = read_state(checkpoint)
     step = int(state["step"])
-    check_same_run(eaten(state["identity"], step), eaten(identity, step), checkpoint=checkpoint)
+    check_same_run(eaten(with_old_model(state["identity"]), step), eaten(identity, step), checkpoint=checkpoint)
     return Start(
         checkpoint=checkpoint,
         step=step,
         next_sample=int(state["next_sample"]),
         phase_starts=tuple(int(n) for n in state["phase_starts"]),
     )
+
+
+def with_old_model(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration or identity with the parts of the model that its time did not know, which it has not."""
+    return {**saved, "model": {**_NOT_THEN, **saved["model"]}} if "model" in saved else dict(saved)
 
 
 def eaten(identity: Mapping[str, Any], step: int) -> dict[str, Any]:

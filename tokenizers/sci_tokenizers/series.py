@@ -9,7 +9,7 @@ import numpy as np
 from sci_tokenizers.autoregression import HORIZONS, own_forecast
 from sci_tokenizers.memory import last_valid, memories
 from sci_tokenizers.prior import Past
-from sci_tokenizers.quantizer import Quantizer, mean_scale
+from sci_tokenizers.quantizer import ChronosQuantizer, mean_scale
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics, known_priors
 from sci_tokenizers.tokenizer import Tokenizer, TokenizerSettings, frame_features, log_scales, variable_rows
@@ -36,7 +36,7 @@ class SeriesTokenizer(Tokenizer):
 
     def __init__(self, settings: TokenizerSettings) -> None:
         super().__init__(settings)
-        self.quantizer = Quantizer(settings.series_ids, settings.series_limit)
+        self.quantizer = ChronosQuantizer(settings.series_ids, settings.series_limit)
 
     @property
     def frame_times(self) -> int:
@@ -59,8 +59,8 @@ class SeriesTokenizer(Tokenizer):
         self._check(sample, num_context)
         valid = sample.valid[:, :, 0, 0]
         centred, offset, scale, home = _normalisation(sample, num_context=num_context, statistics=statistics)
-        ids = self.quantizer.ids(centred / scale, valid)
-        payload = np.where(valid, self.quantizer.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
+        ids = self.quantizer.bins.ids(centred / scale, valid)
+        payload = np.where(valid, self.quantizer.bins.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
         memory = memories(
             payload, valid[:, :, None, None], last=last, home=home[:, None, None], kin=_kin(sample.variables)
