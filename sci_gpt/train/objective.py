@@ -36,4 +36,4 @@ class NextFrame:
 
 
 def _in_fp32(prediction: Any) -> Any:
-    return replace(prediction, **{name: value.float() for name, value in vars(prediction).items()})
+    return replace(prediction, **{name: value.float() for name, value in vars(prediction).items() if value is not None})
