@@ -93,9 +93,9 @@ def table_of(report: Sequence[SourceTokens]) -> str:
 def draw(report: Sequence[SourceTokens]) -> Figure:
     """A row per channel, a panel per question."""
     rows = [(source, row) for source in report for row in source.channels]
-    height = 1.1 + 0.24 * len(rows)
+    height = 0.85 + 0.24 * len(rows)
     drawn = new_figure(12.5, height)
-    drawn.subplots_adjust(left=0.27, right=0.985, bottom=0.65 / height, top=1 - 0.35 / height, wspace=0.09)
+    drawn.subplots_adjust(left=0.27, right=0.985, bottom=0.35 / height, top=1 - 0.35 / height, wspace=0.16)
     panels = drawn.subplots(1, 5, sharey=True, width_ratios=(1, 1, 1, 1, 1.6))
     for place, (source, row) in enumerate(rows):
         colour = MODALITY_COLOURS[source.modality]
@@ -119,9 +119,10 @@ def draw(report: Sequence[SourceTokens]) -> Figure:
     panels[1].set_xscale("log")
     panels[1].axvline(WIDEST_BIN, color="black", linestyle="--", linewidth=0.8)
     panels[2].axvline(100 * MOST_CLIPPED, color="black", linestyle="--", linewidth=0.8)
-    panels[2].set_xlim(left=-0.05)
     panels[3].set_xlim(left=0)
     panels[4].set(xlim=(-1, 1), xticks=(-1, 0, 1), xticklabels=("-limit", "0", "limit"))
+    panels[4].get_xticklabels()[0].set_horizontalalignment("left")
+    panels[4].get_xticklabels()[-1].set_horizontalalignment("right")
     panels[0].set_yticks(range(len(rows)), [f"{source.source}: {_short(row.channel)}" for source, row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     return drawn

@@ -179,9 +179,7 @@ def _build_windows(store: Store, source: str) -> WindowSpec | None:
     """The windows that a build looks at; None where training is too short to judge."""
     longest = int(store.lengths(source, "train").max(initial=0))
     for frames in _BUILD_FRAMES:
-        spec = WindowSpec(
-            source=source, frames=frames, stride=1, context_frames=(frames // 8, frames // 2), leads=(1,)
-        )
+        spec = WindowSpec(source=source, frames=frames, stride=1, context_frames=(frames // 8, frames // 2), leads=(1,))
         if frames <= longest and _num_good(store, spec):
             return spec
     return None
@@ -297,9 +295,7 @@ class _Pool:
         self.steps: list[np.ndarray] = []
         self.scales: list[float] = []
 
-    def add(
-        self, values: np.ndarray, valid: np.ndarray, *, scaled: np.ndarray, ids: np.ndarray, scale: float
-    ) -> None:
+    def add(self, values: np.ndarray, valid: np.ndarray, *, scaled: np.ndarray, ids: np.ndarray, scale: float) -> None:
         """A window's transformed values (F,), and what the tokenizer made of them."""
         self.values.append(values[valid])
         self.scaled.append(scaled[valid])
