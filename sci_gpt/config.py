@@ -133,6 +133,15 @@ class BuildConfig(Node):
         return self
 
 
+class TokensConfig(Node):
+    """What a build checks of the tokens that its series will become (see docs/tokenizers.md).
+
+    allow: SOURCE/CHANNEL of series that are kept although their bins are too wide or their extremes clipped.
+    """
+
+    allow: tuple[str, ...] = ()
+
+
 class DataConfig(Node):
     """`sci-gpt build`: sources, splits, shards.
 
@@ -148,6 +157,7 @@ class DataConfig(Node):
     climatology_day_harmonics: int = Field(default=2, ge=0)
     stretch_megabytes: float = Field(default=32.0, gt=0)
     shard_megabytes: float = Field(default=256.0, gt=0)
+    tokens: TokensConfig = TokensConfig()
     build: BuildConfig = BuildConfig()
 
     @model_validator(mode="after")

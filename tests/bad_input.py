@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from desk import STEP, Desk, fill_the_disk_and_save
 from test_forecast import table
@@ -51,6 +52,14 @@ def nans(variable: str) -> bytes:
     """A year of days without a value."""
     days = pd.date_range("2001-01-01", periods=365, freq="D")
     return pd.DataFrame({"date": days, variable: np.full(365, np.nan)}).to_csv(index=False, na_rep="nan").encode()
+
+
+def small_field() -> bytes:
+    """Forty days of a field of three by three cells."""
+    days = pd.date_range("2001-01-01", periods=40, freq="D")
+    places = {"time": days, "latitude": [32.0, 31.0, 30.0], "longitude": [10.0, 11.0, 12.0]}
+    field = xr.DataArray(np.full((40, 3, 3), 280.0), places, tuple(places), attrs={"units": "K"})
+    return bytes(field.to_dataset(name="air_temperature").to_netcdf(engine="scipy"))
 
 
 def many_quantiles() -> str:
@@ -143,6 +152,16 @@ CASES = {
         ),
         holds=("source 'station', train", "a window of 5000 frames", "the data (400 times)"),
         remedy="lower mixture frames",
+    ),
+    "grid smaller than a patch, pretrain": Case(
+        argv=lambda desk: desk.pretrain("tokenizer.grid_patch=9", "output=out/small"),
+        holds=("source 'field'", "a grid of 8 x 12 cells", "a patch of 9 x 9"),
+        remedy="train a model with tokenizer.grid_patch of 8 or less",
+    ),
+    "grid smaller than a patch, forecast": Case(
+        argv=lambda desk: desk.forecast(desk.write("small.nc", small_field())),
+        holds=("a grid of 3 x 3 cells", "a patch of 4 x 4"),
+        remedy="give a larger region",
     ),
     "window longer than the data, forecast": Case(
         argv=lambda desk: desk.forecast(desk.write("short.csv", table(2).to_csv().encode())),

@@ -140,8 +140,8 @@ def test_levels_of_one_variable_are_told_apart(model: SciGPT) -> None:
     swapped = replace(here, levels=(50000.0, 85000.0, float("nan")))
     before = [model(inputs_of(sample))["grid"].mean for sample in (here, swapped)]
     assert torch.equal(*before)
-    for part in (model.embed["grid"], model.heads["grid"].head):
-        weight = part.level.project.weight
+    for part in ("embed.grid", "heads.grid.head"):
+        weight = model.get_parameter(f"{part}.level.project.weight")
         weight.copy_(torch.linspace(-1.0, 1.0, weight.numel()).view_as(weight))
         after = [model(inputs_of(sample))["grid"].mean for sample in (here, swapped)]
         assert (after[0] - after[1]).abs().max() > 1e-3

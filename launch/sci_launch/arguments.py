@@ -43,7 +43,14 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `sci-gpt inspect`."""
     parser.add_argument(
-        "path", metavar="FILE|STORE", help="a data file, or a store made by `sci-gpt build`: its folder or URL"
+        "path",
+        metavar="FILE|STORE|CONFIG",
+        help="a data file; a store made by `sci-gpt build`, its folder or URL; with --tokens a pretraining's YAML file",
+    )
+    parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="encode and decode windows of a pretraining's data: errors, bins, clipping, use of ids, rates; with plots",
     )
     parser.add_argument(
         "--family", metavar="NAME", help="who reads a file; left out, it follows from the file's ending"

@@ -10,10 +10,10 @@ from functools import lru_cache
 from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
-from sci_gpt.errors import DataError
+from sci_gpt.errors import ConfigError, DataError
 from sci_tokenizers.packing import pack_rows
 from sci_tokenizers.table import make_tokenizer
-from sci_tokenizers.tokenizer import TokenizerSettings
+from sci_tokenizers.tokenizer import TokenizerError, TokenizerSettings
 from sci_tokenizers.tokens import Tokens
 
 
@@ -45,7 +45,10 @@ class Corpus:
         self.store, self.specs, self.seed = store, tuple(specs), seed
         self.tokenizers = tuple(make_tokenizer(store.modality(spec.source), settings) for spec in specs)
         for spec, tok in zip(specs, self.tokenizers, strict=True):
-            tok.check_size(store.shape(spec.source), where=f"source {spec.source!r} of store {store.path}")
+            try:
+                tok.check_size(store.shape(spec.source), where=f"source {spec.source!r} of store {store.path}")
+            except TokenizerError as error:
+                raise ConfigError(str(error)) from error
         self.windows = tuple(
             Windows(store, spec, split="train", frame_times=tok.frame_times, shuffle_time=shuffle_time, seed=seed)
             for spec, tok in zip(specs, self.tokenizers, strict=True)

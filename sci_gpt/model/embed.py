@@ -92,15 +92,15 @@ class PayloadEmbedding(nn.Module):
         num_values: K of a token; 1 (series) goes through `ValueFeatures`.
         num_variables: rows of the variable table; per-variable weights are one stacked parameter, indexed.
         width: of the trunk.
-        levels: a token may hold one variable at several levels: each variable's level is embedded with it.
         num_ids: rows of a table of ids, of which an id's row is added to its value's embedding; 0: no table. The table
             starts at 0: an id is first known by its value alone, and learns what its neighbours do not share.
+        levels: a token may hold one variable at several levels: each variable's level is embedded with it.
     """
 
     id_table: nn.Parameter | None
 
     def __init__(
-        self, num_values: int, num_variables: int, *, width: int, levels: bool = False, num_ids: int = 0
+        self, num_values: int, num_variables: int, *, width: int, num_ids: int = 0, levels: bool = False
     ) -> None:
         super().__init__()
         self.id_table = nn.Parameter(torch.zeros(num_ids, width)) if num_ids else None

@@ -66,7 +66,7 @@ class SciGPT(nn.Module):
         ids = {"series": settings.tokenizer.series_ids} if settings.id_table else {}
         self.embed = nn.ModuleDict(
             {
-                m: PayloadEmbedding(k, rows, width=width, levels=m == "grid", num_ids=ids.get(m, 0))
+                m: PayloadEmbedding(k, rows, width=width, num_ids=ids.get(m, 0), levels=m == "grid")
                 for m, k in values.items()
             }
         )

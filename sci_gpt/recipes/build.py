@@ -30,6 +30,7 @@ from sci_gpt.recipes.build_place import put_in_place, workplace
 from sci_gpt.recipes.build_workers import run_jobs
 from sci_gpt.recipes.data_card import CARD, write_card
 from sci_gpt.recipes.facts import store_facts
+from sci_gpt.recipes.token_report import ALLOWED, check_tokens
 
 _LONG_READ = 1_000_000_000  # bytes of files that are not hashed without a word
 
@@ -92,7 +93,8 @@ def build(config: DataConfig, say: Callable[[str], None] = print) -> BuildReport
 
     Raises:
         ConfigError: an era that does not exist; a scheduler that does not answer.
-        DataError: files, units, splits or duplicates; the message names the source. A URL that cannot be written.
+        DataError: files, units, splits or duplicates; a series that tokens would spoil (`check_tokens`); the message
+            names the source. A URL that cannot be written.
     """
     if isinstance(config.output, Path):
         return _build(config, config.output, say=say)
@@ -194,7 +196,7 @@ def split_rule(config: DataConfig, source: SourceConfig) -> SplitRule:
 def fingerprint_of(config: DataConfig, files: dict[str, dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """SHA-256 over the files' contents, how they are read and split, and the format version; not over names of folders,
     licences or the code's commit. Also what it is made of, by parts, so that a mismatch can be named."""
-    tree = config.model_dump(mode="json", exclude={"name", "output", "shard_megabytes", "build"})
+    tree = config.model_dump(mode="json", exclude={"name", "output", "shard_megabytes", "tokens", "build"})
     sources = {}
     for source in tree.pop("sources"):
         del source["licence"], source["citation"]
@@ -271,10 +273,13 @@ def _put_together(
         "commit": _commit(),
         "calendar": config.calendar.model_dump(mode="json"),
         "sources": sources,
+        ALLOWED: list(config.tokens.allow),
     }
     (folder / "statistics.json").write_text(json.dumps(statistics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     seal(folder, manifest)
     store = Store.open(folder)
+    say(f"build {config.name}: looking at what tokens keep of the series")
+    check_tokens(store, config.tokens.allow)
     write_card(store_facts(store) | {"path": str(output)}, folder / CARD)
     store.close()
     return folder
@@ -317,6 +322,10 @@ def _existing(config: DataConfig, output: Path, *, fingerprint: str, say: Callab
         return None
     said = {row.name: {"licence": row.licence, "citation": row.citation} for row in config.sources}
     rows = {name: row | said[name] for name, row in store.manifest["sources"].items()}
+    if store.manifest.get(ALLOWED) != list(config.tokens.allow):
+        check_tokens(store, config.tokens.allow)
+        seal(output, store.manifest | {ALLOWED: list(config.tokens.allow)})
+        store = Store.open(output)
     if rows != store.manifest["sources"]:
         seal(output, store.manifest | {"sources": rows})
         store = Store.open(output)

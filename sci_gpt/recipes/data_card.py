@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sci_gpt.data.store import SPLITS
 from sci_gpt.recipes.coastline import SOURCE as COASTLINE_SOURCE
 from sci_gpt.recipes.coastline import coastlines
+from sci_gpt.recipes.page import MODALITY_COLOURS, figure, new_figure, page, table, text
 
 CARD = "card.html"
-# Okabe and Ito's palette, one colour per modality and one per split: distinct under every common colour blindness.
-MODALITY_COLOURS = {"grid": "#009E73", "series": "#0072B2", "trace": "#D55E00"}
 SPLIT_COLOURS = {"train": "#0072B2", "valid": "#E69F00", "test": "#D55E00"}
 MOST_PANELS = 48  # histograms that are drawn; the table has every channel
-_DPI, _YEAR = 110, 365.2425 * 86400.0
-_STYLE = """
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-  margin: 0 auto; max-width: 80rem; padding: 2rem 1.5rem 5rem; }
-h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; }
-p, li { max-width: 52rem; } .quiet { color: #555; } figure { margin: 1.2rem 0; }
-figcaption { color: #444; font-size: .92rem; max-width: 52rem; } img { max-width: 100%; height: auto; }
-.wide { overflow: auto; max-height: 40rem; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .22rem .6rem; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
-th { position: sticky; top: 0; background: #fff; border-bottom: 2px solid #1a1a1a; } td.number { text-align: right; }
-"""
+_YEAR = 365.2425 * 86400.0
 
 
 def write_card(facts: Mapping[str, Any], path: Path) -> Path:
@@ -50,18 +34,18 @@ def write_card(facts: Mapping[str, Any], path: Path) -> Path:
     panels = sum(len(source["histograms"]) for source in sources)
     few = f" The first {MOST_PANELS} of {panels} channels are drawn." if panels > MOST_PANELS else ""
     parts = [
-        f"<h1>{_text(facts['name'])}: data card</h1>",
-        f"<p class='quiet'>Store {_text(facts['path'])}, fingerprint {_text(facts['fingerprint'])}, built by commit "
-        f"{_text(facts['commit'] or 'unknown')}.</p>",
+        f"<h1>{text(facts['name'])}: data card</h1>",
+        f"<p class='quiet'>Store {text(facts['path'])}, fingerprint {text(facts['fingerprint'])}, built by commit "
+        f"{text(facts['commit'] or 'unknown')}.</p>",
         f"<p>{len(sources)} sources, {facts['tokens']:,} tokens over all splits (at the tokenizers' default sizes: "
-        f"{_text(sizes)}).</p>",
+        f"{text(sizes)}).</p>",
         "<h2>Counts, tokens and periods</h2>",
         _counts(sources),
-        _figure(draw_periods(sources), "When each source's splits begin and end; dates are the corpus calendar's."),
+        figure(draw_periods(sources), "When each source's splits begin and end; dates are the corpus calendar's."),
         "<h2>Places</h2>",
-        _figure(draw_map(sources), _map_caption(sources)),
+        figure(draw_map(sources), _map_caption(sources)),
         "<h2>Values</h2>",
-        _figure(
+        figure(
             draw_histograms(sources),
             "Physical values of the training split, in pieces spread evenly over it; heights are log(1 + count)." + few,
         ),
@@ -71,20 +55,13 @@ def write_card(facts: Mapping[str, Any], path: Path) -> Path:
         "<h2>Licences and citations</h2>",
         _licences(sources),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(facts['name'])}: data card</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(f"{facts['name']}: data card", parts), encoding="utf-8")
     return path
 
 
 def draw_map(sources: Iterable[Mapping[str, Any]]) -> Figure:
     """Where the sources are: a grid's tiles as rectangles, stations and receivers as points."""
-    figure = _new_figure(10.5, 5.6)
+    figure = new_figure(10.5, 5.6)
     axis = figure.add_axes((0.06, 0.09, 0.925, 0.89))
     for line in coastlines():
         axis.plot(line[:, 0], line[:, 1], color="#8A8A8A", linewidth=0.6, zorder=1)
@@ -112,7 +89,7 @@ def draw_map(sources: Iterable[Mapping[str, Any]]) -> Figure:
 def draw_periods(sources: Sequence[Mapping[str, Any]]) -> Figure:
     """The splits of every source in time, a bar each; what is shorter than a pixel is still a mark."""
     height = 0.9 + 0.42 * len(sources)
-    figure = _new_figure(10.5, height)
+    figure = new_figure(10.5, height)
     axis = figure.add_axes((0.2, 0.55 / height, 0.78, 1 - 0.85 / height))
     for row, source in enumerate(sources):
         for lane, split in enumerate(SPLITS):
@@ -142,7 +119,7 @@ def draw_histograms(sources: Iterable[Mapping[str, Any]]) -> Figure:
     ][:MOST_PANELS]
     columns = 4
     rows = max(-(-len(panels) // columns), 1)
-    figure = _new_figure(10.5, 0.3 + 1.75 * rows)
+    figure = new_figure(10.5, 0.3 + 1.75 * rows)
     figure.subplots_adjust(left=0.05, right=0.985, bottom=0.45 / (1.75 * rows + 0.3), top=1 - 0.3 / (1.75 * rows + 0.3))
     figure.subplots_adjust(hspace=0.8, wspace=0.28)
     for number, (source, modality, name, histogram) in enumerate(panels, start=1):
@@ -184,19 +161,6 @@ def _short_name(channel: str) -> str:
     return channel if len(channel) <= 34 else channel[:33] + "…"
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, format="png")
-    image, text = base64.b64encode(buffer.getvalue()).decode(), _text(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
-
-
 def _map_caption(sources: Iterable[Mapping[str, Any]]) -> str:
     lost = [
         f"{source['source']} {source['places']['stretches_without_place']}"
@@ -227,7 +191,7 @@ def _counts(sources: Iterable[Mapping[str, Any]]) -> str:
         for split, part in source["splits"].items()
     ]
     head = ("source", "modality", "nature", "split", "stretches", "times", "tokens", "missing", "start", "end")
-    return _table(head, rows, numbers=("stretches", "times", "tokens", "missing"))
+    return table(head, rows, numbers=("stretches", "times", "tokens", "missing"))
 
 
 def _channels(sources: Iterable[Mapping[str, Any]]) -> str:
@@ -247,11 +211,11 @@ def _channels(sources: Iterable[Mapping[str, Any]]) -> str:
         "<p>Statistics of the training split alone, after the variable's transform (rain and the like are logarithms, "
         "not in the unit named).</p>"
     )
-    return note + _table(head, rows, numbers=head[3:])
+    return note + table(head, rows, numbers=head[3:])
 
 
 def _quality(facts: Mapping[str, Any]) -> str:
-    rules = "".join(f"<li><b>{_text(name)}</b>: {_text(what)}.</li>" for name, what in facts["quality_rules"].items())
+    rules = "".join(f"<li><b>{text(name)}</b>: {text(what)}.</li>" for name, what in facts["quality_rules"].items())
     rows = [
         (source["source"], split, rule, f"{found['spans']:,}", f"{found['times']:,}")
         for source in facts["sources"]
@@ -259,7 +223,7 @@ def _quality(facts: Mapping[str, Any]) -> str:
         for rule, found in part["quality"].items()
         if found["spans"]
     ]
-    told = _table(("source", "split", "rule", "spans", "times"), rows, numbers=("spans", "times"))
+    told = table(("source", "split", "rule", "spans", "times"), rows, numbers=("spans", "times"))
     none = "<p>No rule holds anywhere in this store.</p>"
     return (
         f"<p>A window of which one of these holds is left out of training and validation:</p><ul>{rules}</ul>"
@@ -270,26 +234,8 @@ def _quality(facts: Mapping[str, Any]) -> str:
 
 def _licences(sources: Iterable[Mapping[str, Any]]) -> str:
     items = [
-        f"<li><b>{_text(source['source'])}</b> ({_text(source['nature'])}). {_text(source['citation'])}. Licence: "
-        f"{_text(source['licence'])}.</li>"
+        f"<li><b>{text(source['source'])}</b> ({text(source['nature'])}). {text(source['citation'])}. Licence: "
+        f"{text(source['licence'])}.</li>"
         for source in sources
     ]
     return f"<ul>{''.join(items)}</ul>"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, numbers: tuple[str, ...]) -> str:
-    top = "".join(f"<th>{_text(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=number' if name in numbers else ''}>{_text(cell)}</td>"
-            for name, cell in zip(head, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -36,5 +36,4 @@ class NextFrame:
 
 
 def _in_fp32(prediction: Any) -> Any:
-    known = {name: value.float() for name, value in vars(prediction).items() if value is not None}
-    return replace(prediction, **known)
+    return replace(prediction, **{name: value.float() for name, value in vars(prediction).items() if value is not None})

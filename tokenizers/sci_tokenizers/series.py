@@ -58,8 +58,8 @@ class SeriesTokenizer(Tokenizer):
         """See `Tokenizer.encode`; payload (F, S, 1, 1) holds the centre of each id's bin."""
         self._check(sample, num_context)
         valid = sample.valid[:, :, 0, 0]
-        centred, offset, scale, home = _normalisation(sample, num_context=num_context, statistics=statistics)
-        ids = self.quantizer.bins.ids(centred / scale, valid)
+        scaled, offset, scale, home = _normalisation(sample, num_context=num_context, statistics=statistics)
+        ids = self.quantizer.bins.ids(scaled, valid)
         payload = np.where(valid, self.quantizer.bins.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
         memory = memories(
@@ -106,6 +106,18 @@ class SeriesTokenizer(Tokenizer):
             leads=leads,
         )
 
+    def scaled(
+        self, sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode` makes ids of: scaled values float64 (F, S), anything where not valid; and their scale (S,).
+
+        Raises:
+            TokenizerError: as `encode`.
+        """
+        self._check(sample, num_context)
+        values, _, scale, _ = _normalisation(sample, num_context=num_context, statistics=statistics)
+        return values, scale
+
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled values (..., F, S, 1, 1) to physical (..., time, variable, 1, 1)."""
         transformed = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
@@ -124,8 +136,8 @@ class SeriesTokenizer(Tokenizer):
 def _normalisation(
     sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Transformed values less their offset (F, S), the offset (F, S), scale (S,) and home (S,), where the climatology
-    lies.
+    """Transformed values less their offset by their scale (F, S), the offset (F, S), the scale (S,), and home (S,):
+    where the climatology lies.
     """
     values, valid = sample.values[:, :, 0, 0], sample.valid[:, :, 0, 0]
     frames, slots = values.shape
@@ -148,7 +160,7 @@ def _normalisation(
     scale = np.maximum(mean_scale(centred[:num_context], valid[:num_context]), floor)
     # Without statistics the level is the whole value, 285 K say, and leads nowhere: the context's median is home. With
     # them a level beyond all of training (CO2 after 30 years more) is taken for the farthest one that training saw.
-    return centred, offset, scale, -np.clip(level, *farthest) / scale
+    return centred / scale, offset, scale, -np.clip(level, *farthest) / scale
 
 
 def _pile(payload: np.ndarray, valid: np.ndarray, *, variables: tuple[str, ...]) -> np.ndarray:
