@@ -61,13 +61,21 @@ def weighted_sum(model: Any, step: int, take: slice) -> Tensor:
     return (((model(x) - y) ** 2).mean(dim=1) * weight).sum()
 
 
-def reference() -> list[dict[str, float]]:
-    """The same steps in plain torch, in one process."""
+FACTORS = {"first.weight": 0.25, "tied": 0.5, "gain": 4.0}
+
+
+def reference(factors: dict[str, float]) -> list[dict[str, float]]:
+    """The same steps in plain torch, in one process, a group for each parameter."""
     model = Net()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": ADAMW.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [parameter],
+            "weight_decay": ADAMW.weight_decay if parameter.dim() > 1 else 0.0,
+            "lr": ADAMW.learning_rate * factors.get(name, 1.0),
+        }
+        for name, parameter in named.items()
     ]
     adam = torch.optim.AdamW(groups, lr=ADAMW.learning_rate, betas=ADAMW.betas, eps=ADAMW.epsilon)
     seen = []
@@ -81,9 +89,10 @@ def reference() -> list[dict[str, float]]:
     return seen
 
 
-def make(world: World, **layout: Any) -> Engine:
+def make(world: World, factors: dict[str, float] | None = None, **layout: Any) -> Engine:
     """An engine of the small model."""
-    return Engine(Net(), plan=ParallelPlan(data_parallel=world.size, **layout), optimizer=ADAMW, world=world)
+    plan = ParallelPlan(data_parallel=world.size, **layout)
+    return Engine(Net(), plan=plan, optimizer=ADAMW, world=world, rate_factors=factors or {})
 
 
 def train(engine: Engine, steps: range, *, break_rank: int | None = None) -> list[dict[str, Any]]:
@@ -147,7 +156,7 @@ def main() -> None:
     with Requests().listening():
         world = World.start()
         session = world.share("s")
-        seen: dict[str, Any] = {"reference": reference(), "shared_memory_op": build_shm_op() is not None}
+        seen: dict[str, Any] = {"reference": reference({}), "shared_memory_op": build_shm_op() is not None}
         for stage in (0, 1, 2, 3):
             engine = make(world, zero_stage=stage)
             missing = missing_names(engine)
@@ -170,6 +179,12 @@ def main() -> None:
         engine = make(world, zero_stage=1, accumulation=3)
         seen["accumulated"] = train(engine, range(STEPS))
         engine.close()
+        seen["factored"] = {"reference": reference(FACTORS)}
+        for stage in (0, 1, 3):
+            engine = make(world, FACTORS, zero_stage=stage)
+            engine.set_learning_rate(ADAMW.learning_rate)  # as the trainer does
+            seen["factored"][str(stage)] = train(engine, range(STEPS))
+            engine.close()
         engine = make(world, zero_stage=1, dtype="bf16")
         seen["bf16_buffer"] = float(engine.module.get_buffer("third")) == float(torch.tensor(1.0 / 3.0))
         seen["bf16"] = train(engine, range(STEPS))

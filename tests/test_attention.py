@@ -13,6 +13,7 @@ from sci_gpt.model import attention
 from sci_gpt.model.attention import Reach, attend, attend_last, cuts
 from sci_gpt.model.flex import BLOCK, FlexReach, attend_flex
 from sci_gpt.model.inputs import DocumentGroup, ModelInputs
+from sci_gpt.model.layers import Rotary
 
 HEADS, WIDTH = 2, 16
 
@@ -228,6 +229,27 @@ def test_the_last_frames_alone_are_those_of_all(radius: int | None) -> None:
     torch.testing.assert_close(attend_last(q[last], k, v=v, reach=reach), whole[last], rtol=1e-5, atol=1e-5)
     flexible = replace(reach, flex=FlexReach.of(inputs, radius=radius))
     torch.testing.assert_close(attend_last(q[last], k, v=v, reach=flexible), whole[last], rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_angles_are_those_of_frame_row_and_column() -> None:
+    """By loops: half of the pairs turn with the frame, counted from 0, a quarter each with row and column."""
+    inputs = packed((Film(frames=3, rows=2, columns=3),))
+    found = Rotary.of(inputs, WIDTH)
+    x = drawn(inputs)[0]
+    turned = found.turn(x)
+    half = WIDTH // 2
+    shares = (("frame", half // 2), ("row", half // 4), ("column", half - half // 2 - half // 4))
+    for token in range(18):
+        place, pair = {"frame": token // 6, "row": token // 3 % 2, "column": token % 3}, 0
+        for name, count in shares:
+            for number in range(count):
+                angle = place[name] * 1000.0 ** (-number / count)
+                plane = complex(x[token, 1, pair], x[token, 1, pair + half])
+                expected = plane * complex(math.cos(angle), math.sin(angle))
+                assert complex(turned[token, 1, pair], turned[token, 1, pair + half]) == pytest.approx(
+                    expected, abs=1e-5
+                )
+                pair += 1
 
 
 def test_a_large_document_is_cut_so_that_no_mask_passes_its_bound() -> None:

@@ -59,6 +59,14 @@ def test_micro_batches_give_the_same_losses(seen: list[dict[str, Any]]) -> None:
     assert losses == pytest.approx([step["loss"] for step in seen[0]["reference"]], rel=1e-6)
 
 
+def test_parameters_with_rates_of_their_own_learn_as_in_plain_torch(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        expected = [step["loss"] for step in rank["factored"]["reference"]]
+        assert expected != pytest.approx([step["loss"] for step in rank["reference"]], rel=1e-3)
+        for stage in ("0", "1", "3"):
+            assert [step["loss"] for step in rank["factored"][stage]] == pytest.approx(expected, rel=1e-6)
+
+
 def test_bf16_follows_fp32(seen: list[dict[str, Any]]) -> None:
     losses = [step["loss"] for step in seen[0]["bf16"]]
     assert losses == pytest.approx([step["loss"] for step in seen[0]["reference"]], rel=2e-2)

@@ -58,7 +58,7 @@ def _tiles(rows: bytes, columns: bytes, period: int, radius: int) -> Tiles | Non
     across = min(np.ptp(column), period // 2) if period else np.ptp(column)
     if np.ptp(row) <= radius and across <= radius:
         return None
-    edge = max(4, radius)
+    edge = max(4, 3 * radius // 2)  # wider tiles multiply more, narrower ones gather more
     tile = (row // edge) * (column.max() // edge + 1) + column // edge
     members = [np.flatnonzero(tile == number) for number in np.unique(tile)]
     seen = []

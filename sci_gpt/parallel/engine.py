@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,9 +40,27 @@ class Engine:
     """A model cut as the plan says. The model itself is single-device code and does not know it.
 
     Owns the optimizer. Private names of DeepSpeed stand in this file and in train/fragments.py only.
+
+    Args:
+        model: single-device code.
+        plan: how it is cut.
+        optimizer: of every parameter.
+        world: the processes.
+        rate_factors: by parameter name, what its learning rate is multiplied by; 1 where not named.
+
+    Raises:
+        ValueError: a parameter without dimensions, or a factor of one that is not there.
     """
 
-    def __init__(self, model: nn.Module, *, plan: ParallelPlan, optimizer: AdamWSettings, world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plan: ParallelPlan,
+        optimizer: AdamWSettings,
+        world: World,
+        rate_factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         # Imported here, after World.start has chosen DeepSpeed's accelerator.
         import deepspeed
 
@@ -49,13 +69,8 @@ class Engine:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 0:
                 raise ValueError(f"parameter {name!r} has no dimension, which DeepSpeed cannot cut: give it shape (1,)")
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
         adam = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            _groups(model, optimizer, rate_factors=rate_factors),
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             eps=optimizer.epsilon,
@@ -103,9 +118,9 @@ class Engine:
         return StepOutcome(applied=applied, gradient_norm=float("nan") if norm is None else float(norm))
 
     def set_learning_rate(self, value: float) -> None:
-        """The rate of the next step, for every group."""
+        """The rate of the next step, for every group, times the group's factor."""
         for group in self.adam.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["rate_factor"]
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
@@ -121,3 +136,24 @@ class Engine:
                     parameter.grad = None  # AdamW passes over parameters without a gradient
         self.deepspeed.step()
         return StepOutcome(applied=bool(boundary) and norm < float("inf"), gradient_norm=norm)
+
+
+def _groups(model: nn.Module, optimizer: AdamWSettings, *, rate_factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What is trained by (weight decay, factor of the rate): matrices first, then vectors, which are not decayed."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if unknown := sorted(set(rate_factors) - set(trained)):
+        raise ValueError(f"rate_factors names {unknown[0]!r}, which the model does not train")
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for matrix in (True, False):
+        for name, parameter in trained.items():
+            if (parameter.dim() > 1) is matrix:
+                factor = rate_factors.get(name, 1.0)
+                decay = optimizer.weight_decay if matrix else 0.0
+                fresh = {
+                    "params": [],
+                    "weight_decay": decay,
+                    "rate_factor": factor,
+                    "lr": factor * optimizer.learning_rate,
+                }
+                groups.setdefault((matrix, factor), fresh)["params"].append(parameter)
+    return list(groups.values())

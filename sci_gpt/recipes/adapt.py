@@ -23,6 +23,7 @@ from sci_gpt.model.loss import valid_weights, weighted_sums
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.widen import is_table, widened
+from sci_gpt.model.width import rate_factors
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.load import LoadedModel, SourceFacts
 from sci_gpt.train.schedule import Schedule
@@ -166,7 +167,7 @@ def adapt(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, known.config.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step) * group["rate_factor"]
         optimizer.step()
         losses.append(float(loss.detach()))
         if (step + 1) % settings.validate_every and step + 1 < settings.max_steps:
@@ -353,9 +354,13 @@ def _chunks(documents: list[Tokens], *, most: int | None = _BATCH_TOKENS) -> lis
 def _optimizer(
     model: SciGPT, optimizer: OptimizerConfig, *, settings: AdaptSettings
 ) -> tuple[torch.optim.Optimizer, Schedule]:
-    """AdamW as in pretraining (betas, decay), and its rates."""
+    """AdamW as in pretraining (betas, decay, rates by width), and its rates."""
+    factors, groups = rate_factors(model), dict[float, list[torch.nn.Parameter]]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(name, 1.0), []).append(parameter)
     made = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        [{"params": learned, "rate_factor": factor} for factor, learned in groups.items()],
         lr=settings.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.epsilon,

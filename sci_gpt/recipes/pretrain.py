@@ -18,6 +18,7 @@ from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
 from sci_gpt.model.init import initialize
 from sci_gpt.model.transformer import build_model
+from sci_gpt.model.width import rate_factors
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.worker import refusing
 from sci_gpt.parallel.world import World
@@ -64,7 +65,8 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
-    engine = Engine(model, plan=plan, optimizer=parts.adamw_settings(config), world=world)
+    adamw, factors = parts.adamw_settings(config), rate_factors(model)
+    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=factors)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
