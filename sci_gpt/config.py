@@ -208,11 +208,21 @@ class TokenizerConfig(Node):
     series_limit: float = Field(default=15.0, gt=0)
 
 
+class NoiseConfig(Node):
+    """Noise for coherent samples (docs/model.md). width 0: none, the model predicts marginals; members: in training;
+    pooled_weight: of the CRPS of pooled values in the loss."""
+
+    width: int = Field(default=0, ge=0)
+    members: int = Field(default=2, ge=2)
+    pooled_weight: float = Field(default=1.0, ge=0)
+
+
 class ModelConfig(Node):
-    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py) and its series head."""
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py), its series head, and its noise."""
 
     size: str
     mixture_components: int = Field(default=3, ge=1)
+    noise: NoiseConfig = NoiseConfig()
 
 
 class OptimizerConfig(Node):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sci_gpt.model.transformer import SciGPT
 
+_NOISE = 0.1  # standard deviation of 1 + W z, the factor by which noise scales a norm's output before training
+
 
 def standard_normal(seed: int, name: str, *, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of the named parameter's stream of normal numbers, float32 (Philox counters, inverse
@@ -45,4 +47,6 @@ def _spread(name: str, parameter: Tensor, *, layers: int) -> float:
     if name.endswith(("variable_bias", "head.variable")):
         return 0.5  # which variable it is must be as plain to see as when and where
     spread = parameter.shape[-1] ** -0.5
+    if name.endswith(".noise.weight"):
+        return _NOISE * spread
     return spread / math.sqrt(2 * layers) if name.endswith((".output.weight", ".down.weight")) else spread

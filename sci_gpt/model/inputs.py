@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,45 @@ class DocumentGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """How a trunk is conditioned on noise.
+
+    Attributes:
+        width: numbers in the vector of a document, frame and member; 0: the model predicts marginals and has no
+            parameters for noise.
+        members: samples per document in training, at least 2.
+        pooled_weight: weight of the CRPS of pooled values (see `loss.pooled_crps`) beside that of single values.
+    """
+
+    width: int = 0
+    members: int = 2
+    pooled_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Which units of a modality are asked together (the same document, origin and lead), int64 (U,) each.
+
+    Attributes:
+        group: number of the document, origin and lead.
+        slot: of the unit in its frame.
+        frame: of the origin in its document.
+    """
+
+    group: Tensor
+    slot: Tensor
+    frame: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Noise of M members: values (M, T, width), the same for all slots of a frame; and {modality: Together}."""
+
+    values: Tensor
+    together: dict[str, Together]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInputs:
     """A batch of T token positions as tensors; positions without a token are in no group and no payload.
 
@@ -53,6 +92,7 @@ class ModelInputs:
         features: float32 (T, features).
         payloads: {modality: PayloadInputs}.
         groups: documents by shape.
+        noise: of a model that is conditioned on noise, else None.
     """
 
     frame: Tensor
@@ -61,6 +101,21 @@ class ModelInputs:
     features: Tensor
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
+    noise: Noise | None = None
+
+    def repeated(self, count: int) -> ModelInputs:
+        """The places of `count` copies of each document, copy by copy: (count * T,); payloads stay as they are."""
+        size = len(self.frame)
+        groups = tuple(
+            replace(group, index=torch.cat([group.index + copy * size for copy in range(count)]))
+            for group in self.groups
+        )
+        tensors = {
+            name: value.repeat(count, *[1] * (value.dim() - 1))
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, groups=groups, **tensors)
 
     @property
     def last_frames(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +125,17 @@ def attend_last(q: Tensor, k: Tensor, *, v: Tensor, groups: tuple[DocumentGroup,
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
+class Held(Protocol):
+    """Keys and values of earlier frames of a layer, see `cache.KeyValueCache`."""
+
+    def mix(self, q: Tensor, k: Tensor, *, v: Tensor) -> Tensor | None:
+        """Keep k and v; what q, of one more frame, attends to; None where k and v are the first (attend as usual)."""
+
+
 class Block(nn.Module):
     """Pre-norm attention with normalised queries and keys, then SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, *, noise: int = 0) -> None:
         super().__init__()
         self.heads = shape.heads
         self.attention_norm = RMSNorm(shape.width)
@@ -141,6 +149,7 @@ class Block(nn.Module):
         self.gate = nn.Linear(shape.width, shape.hidden, bias=False)
         self.up = nn.Linear(shape.width, shape.hidden, bias=False)
         self.down = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.noise = nn.Linear(noise, 2 * shape.width, bias=False) if noise else None
 
     def forward(
         self,
@@ -150,11 +159,15 @@ class Block(nn.Module):
         groups: tuple[DocumentGroup, ...],
         asked: Tensor | None = None,
         pieces: int = 1,
+        noise: Tensor | None = None,
+        held: Held | None = None,
     ) -> Tensor:
         """(T, width) to (T, width); with `asked`, the positions of `ModelInputs.last_frames`, to theirs alone (A,
-        width). `pieces` as in `attend`.
+        width). `pieces` as in `attend`; `noise` (T, noise width) scales what the norms give by 1 + W z; `held` keeps
+        keys and values of earlier frames (`cache.KeyValueCache`).
         """
-        normed = self.attention_norm(x)
+        first, second = (None, None) if noise is None else (1.0 + self.noise(noise)).chunk(2, dim=-1)
+        normed = self.attention_norm(x) if first is None else self.attention_norm(x) * first
         asking = normed if asked is None else normed[asked]
         q, k, v = (
             rearrange(f(of), "t (h c) -> t h c", h=self.heads)
@@ -162,10 +175,14 @@ class Block(nn.Module):
         )
         q_angles = rotary if asked is None else rotary.take(asked)
         q, k = q_angles.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
-        if asked is None:
+        if held is not None and (kept := held.mix(q, k, v=v)) is not None:
+            mixed = kept
+        elif asked is None:
             mixed = attend(q, k, v=v, groups=groups, pieces=pieces)
         else:
             mixed = attend_last(q, k, v=v, groups=groups)
         x = (x if asked is None else x[asked]) + self.output(rearrange(mixed, "t h c -> t (h c)"))
         normed = self.mlp_norm(x)
+        if second is not None:
+            normed = normed * (second if asked is None else second[asked])
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sci_gpt.model.inputs import to_inputs
+from sci_gpt.model.noise import ENSEMBLE, noisy_inputs
 from sci_gpt.model.quantiles import prediction_quantiles
 from sci_gpt.model.transformer import SciGPT
 from sci_tokenizers.packing import collate
@@ -107,7 +108,8 @@ class Predictor:
 
     @torch.no_grad()
     def _predict(self, documents: Sequence[Tokens], *, row_length: int, levels: tuple[float, ...]) -> list[np.ndarray]:
-        inputs = to_inputs(collate([[tokens] for tokens in documents], row_length, context_only=True))
+        batch = collate([[tokens] for tokens in documents], row_length, context_only=True)
+        inputs = noisy_inputs(batch, noise=self.model.settings.noise, seed=0, members=ENSEMBLE)
         self.model.eval()
         predictions = self.model(inputs, last_frames=True)
         wanted = torch.tensor(levels, dtype=torch.float32)

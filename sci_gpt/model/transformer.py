@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
-from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
-from sci_gpt.model.inputs import ModelInputs
+from sci_gpt.model.heads import (
+    GRID_PACE,
+    START_LEAN,
+    GaussianHead,
+    MixtureHead,
+    Prediction,
+    SampleHead,
+    SamplePrediction,
+)
+from sci_gpt.model.inputs import ModelInputs, NoiseSettings
 from sci_gpt.model.layers import Block, RMSNorm, Rotary
 from sci_gpt.model.shapes import ModelShape
 from sci_tokenizers.memory import MEMORIES
@@ -27,11 +35,13 @@ class ModelSettings:
         tokenizer: sizes of tokens.
         mixture_components: logistics in the series head.
         num_variables: rows of the variable table when the model was made.
+        noise: of a trunk that is conditioned on noise, whose predictions are members; by default none.
     """
 
     tokenizer: TokenizerSettings
     mixture_components: int = 3
     num_variables: int = len(VARIABLES)
+    noise: NoiseSettings = NoiseSettings()
 
 
 class SciGPT(nn.Module):
@@ -48,29 +58,9 @@ class SciGPT(nn.Module):
         rows, width = settings.num_variables, shape.width
         self.context = ContextEmbedding(width)
         self.embed = nn.ModuleDict({m: PayloadEmbedding(k, rows, width=width) for m, k in values.items()})
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, noise=settings.noise.width) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
-        self.heads = nn.ModuleDict(
-            {
-                "grid": GaussianHead(
-                    width,
-                    rows,
-                    num_values=values["grid"],
-                    num_memories=len(MEMORIES),
-                    start=START_LEAN["grid"],
-                    pace=GRID_PACE,
-                ),
-                "series": MixtureHead(
-                    width,
-                    rows,
-                    components=settings.mixture_components,
-                    bin_width=settings.tokenizer.series_bin_width,
-                ),
-                "trace": GaussianHead(
-                    width, rows, num_values=values["trace"], num_memories=0, start=START_LEAN["trace"]
-                ),
-            }
-        )
+        self.heads = nn.ModuleDict(_heads(width, settings, values=values))
 
     def forward(self, inputs: ModelInputs, *, last_frames: bool = False) -> dict[str, Prediction]:
         """Predictions of every asked unit, by modality; a rank's batch holds every modality, absent ones empty.
@@ -85,33 +75,93 @@ class SciGPT(nn.Module):
         """
         if last_frames:
             _check_asked(inputs)
+        if (inputs.noise is not None) != bool(self.settings.noise.width):
+            came = "without noise" if inputs.noise is None else "with noise"
+            raise ValueError(
+                f"a model with noise of width {self.settings.noise.width} got inputs {came}: make them with "
+                "noise.noisy_inputs and the model's own settings"
+            )
         x = self.trunk(inputs, last_frames=last_frames)
+        if inputs.noise is not None:
+            return self.members(x, inputs)
         return {
             modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()
         }
 
     def trunk(self, inputs: ModelInputs, *, last_frames: bool = False) -> Tensor:
         """(T, width): what the model knows at each token; with `last_frames` at those of `ModelInputs.last_frames`, 0
-        elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0.
+        elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0. With noise member by
+        member, (M * T, width); inputs without give what a trunk conditioned on noise knows at z = 0.
         """
+        copies = 1 if inputs.noise is None else len(inputs.noise.values)
         if not len(self.blocks):
-            return inputs.features.new_zeros(len(inputs.frame), self.shape.width)
+            return inputs.features.new_zeros(copies * len(inputs.frame), self.shape.width)
         x = self.context(inputs.features)
         for modality, payload in inputs.payloads.items():
             x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
+        z = None
+        if inputs.noise is not None:
+            x, z, inputs = x.repeat(copies, 1), inputs.noise.values.flatten(0, 1), inputs.repeated(copies)
         rotary = Rotary.of(inputs, self.shape.head_width)
         asked, pieces = (inputs.last_frames, _PIECES) if last_frames else (None, 1)
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
-            x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces)
+            x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces, noise=z)
         if asked is None:
             return self.norm(x)
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, asked, self.norm(x))
+
+    def members(self, x: Tensor, inputs: ModelInputs) -> dict[str, Prediction]:
+        """Members of every asked unit from the trunk's output (M * T, width), by modality."""
+        noise = inputs.noise
+        assert noise is not None
+        return {
+            modality: SamplePrediction(
+                values=torch.stack(
+                    [
+                        self.heads[modality].member(own[payload.index], payload, noise=z[payload.index])
+                        for own, z in zip(x.chunk(len(noise.values)), noise.values, strict=True)
+                    ]
+                ),
+                together=noise.together[modality],
+                pooled_weight=self.settings.noise.pooled_weight,
+            )
+            for modality, payload in inputs.payloads.items()
+        }
 
     @property
     def num_parameters(self) -> int:
         """All parameters, each once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _heads(width: int, settings: ModelSettings, *, values: dict[str, int]) -> dict[str, nn.Module]:
+    """A head per modality, for `values` numbers in a token's variable; with noise all are heads of members."""
+    rows, noise = settings.num_variables, settings.noise.width
+    memories = {"grid": len(MEMORIES), "series": len(MEMORIES), "trace": 0}
+    if noise:
+        return {
+            name: SampleHead(
+                width,
+                rows,
+                num_values=count,
+                num_memories=memories[name],
+                start=START_LEAN[name],
+                pace=GRID_PACE if name == "grid" else 1.0,
+                noise=noise,
+            )
+            for name, count in values.items()
+        }
+    series = MixtureHead(
+        width, rows, components=settings.mixture_components, bin_width=settings.tokenizer.series_bin_width
+    )
+    grid, trace = (
+        GaussianHead(
+            width, rows, num_values=values[name], num_memories=memories[name], start=START_LEAN[name], pace=pace
+        )
+        for name, pace in (("grid", GRID_PACE), ("trace", 1.0))
+    )
+    return {"grid": grid, "series": series, "trace": trace}
 
 
 def _check_asked(inputs: ModelInputs) -> None:

@@ -12,6 +12,7 @@ from sci_gpt.data.loader import Corpus, packing_report
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import WindowSpec
 from sci_gpt.errors import ConfigError
+from sci_gpt.model.inputs import NoiseSettings
 from sci_gpt.model.shapes import SHAPES, ModelShape
 from sci_gpt.model.transformer import ModelSettings
 from sci_gpt.parallel.engine import AdamWSettings
@@ -86,7 +87,11 @@ def model_shape(config: PretrainConfig) -> ModelShape:
 
 def model_settings(config: PretrainConfig) -> ModelSettings:
     """What beside the trunk decides the parameters."""
-    return ModelSettings(tokenizer=tokenizer_settings(config), mixture_components=config.model.mixture_components)
+    return ModelSettings(
+        tokenizer=tokenizer_settings(config),
+        mixture_components=config.model.mixture_components,
+        noise=NoiseSettings(**config.model.noise.model_dump()),
+    )
 
 
 def parallel_plan(config: PretrainConfig) -> ParallelPlan:
@@ -139,6 +144,8 @@ def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
     that lie ahead of a checkpoint (`resume.eaten`).
     """
     tree = config.model_dump(mode="json")
+    if not config.model.noise.width:  # a checkpoint from before there was noise has none either
+        del tree["model"]["noise"]
     names = ("seed", "phases", "shuffle_block", "shuffle_time", "tokenizer", "model", "loss_factor")
     # The fingerprint's parts stand beside it: a refusal then names the source, and whether files or split differ.
     data = {"fingerprint": store.fingerprint, "data": store.manifest.get("fingerprint_parts", {})}
