@@ -8,10 +8,10 @@ import numpy as np
 
 # The weight of an order in the average is its past errors to this power, negative. On the training and validation
 # records of the quickstart 8 beats AR(32) on every one of them, equal weights on all but two.
-_SHARPNESS = 8.0
+SHARPNESS = 8.0
 # Recent stretches, in steps of the record, whose errors tell whether the record is calmer or wilder now than before.
 HORIZONS = (4, 16, 64)
-_SPREAD_FLOOR = 1e-9
+SPREAD_FLOOR = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def own_forecast(
             for order, coefficients in burg(series[:, :past], usable(orders, past)).items()
         ]
         errors = np.log(np.stack([member.spread for member in members]))  # order B origin step
-        weight = np.exp(-_SHARPNESS * (errors - errors.min(axis=0)))
+        weight = np.exp(-SHARPNESS * (errors - errors.min(axis=0)))
         weight /= weight.sum(axis=0)
         mean[:, asking] = (weight * np.stack([member.mean for member in members])).sum(axis=0)
         spread[:, asking] = np.exp((weight * errors).sum(axis=0))
@@ -95,7 +95,7 @@ def _member(
     """One order's forecast; the spread is the same at every origin."""
     weights = step_coefficients(coefficients, int(steps.max()))
     states = newest(series, origins, order=order)
-    spread = np.maximum(error_spread(series[:, :past], known[:, :past], weights=weights), _SPREAD_FLOOR)
+    spread = np.maximum(error_spread(series[:, :past], known[:, :past], weights=weights), SPREAD_FLOOR)
     return OwnForecast(
         mean=(states @ weights.transpose(0, 2, 1))[:, :, steps - 1],
         spread=np.repeat(spread[:, None, steps - 1], len(origins), axis=1),
@@ -123,8 +123,13 @@ def recent_errors(squares: np.ndarray, known: np.ndarray, *, origins: np.ndarray
     """
     total = np.concatenate([np.zeros((len(squares), 1)), np.where(known, squares, 0.0).cumsum(axis=1)], axis=1)
     count = np.concatenate([np.zeros((len(squares), 1)), known.cumsum(axis=1)], axis=1)
+    return recent_of_sums(total, count, origins=origins)
+
+
+def recent_of_sums(total: np.ndarray, count: np.ndarray, *, origins: np.ndarray) -> np.ndarray:
+    """`recent_errors` from running sums of squares and of what is known, (B, time + 1), 0 first."""
     whole = total[:, origins + 1] / np.maximum(count[:, origins + 1], 1)
-    out = np.zeros((len(squares), len(origins), len(HORIZONS)))
+    out = np.zeros((len(total), len(origins), len(HORIZONS)))
     for h, horizon in enumerate(HORIZONS):
         start = np.maximum(origins + 1 - horizon, 0)
         seen = count[:, origins + 1] - count[:, start]

@@ -121,6 +121,10 @@ class GridTokenizer(Tokenizer):
             physical[..., v, :] = inverse_transform(physical[..., v, :], VARIABLE_NAMES[row])
         return self._fields(physical, tokens.size).astype(np.float32)
 
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.arrange`; the padding of ragged edges is 0."""
+        return self._patches(values[:, 0])
+
     def _patch_grid(self, size: tuple[int, ...]) -> tuple[int, int]:
         patch = self.settings.grid_patch
         return -(-size[0] // patch), -(-size[1] // patch)
