@@ -63,20 +63,19 @@ def noisy_inputs(
         return inputs
     names = [str(n) if n >= 0 else key for n, key in zip(batch.numbers, batch.keys, strict=True)]
     drawn = token_noise(names, batch, members=members or noise.members, seed=seed, width=noise.width)
-    together = {modality: _together(batch, modality) for modality in batch.payloads}
-    return replace(
-        inputs,
-        noise=Noise(
-            values=drawn.to(device),
-            together={
-                name: Together(**{k: v.to(device) for k, v in vars(one).items()}) for name, one in together.items()
-            },
-        ),
-    )
+    together = {
+        name: Together(**{field: value.to(device) for field, value in vars(one).items()})
+        for name, one in together_of(batch).items()
+    }
+    return replace(inputs, noise=Noise(values=drawn.to(device), together=together))
+
+
+def together_of(batch: Batch) -> dict[str, Together]:
+    """Which units of each modality are asked together: those of the same document, origin and lead."""
+    return {modality: _together(batch, modality) for modality in batch.payloads}
 
 
 def _together(batch: Batch, modality: str) -> Together:
-    """Which units of a modality are asked together: the same document, origin and lead."""
     payload = batch.payloads[modality]
     flat = payload.index[payload.unit_token]
     document, frame = batch.document[flat], batch.frame[flat]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sci_gpt.model.cache import KeyValueCache
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import (
     GRID_PACE,
@@ -62,13 +63,16 @@ class SciGPT(nn.Module):
         self.norm = RMSNorm(width)
         self.heads = nn.ModuleDict(_heads(width, settings, values=values))
 
-    def forward(self, inputs: ModelInputs, *, last_frames: bool = False) -> dict[str, Prediction]:
+    def forward(
+        self, inputs: ModelInputs, *, last_frames: bool = False, cache: KeyValueCache | None = None
+    ) -> dict[str, Prediction]:
         """Predictions of every asked unit, by modality; a rank's batch holds every modality, absent ones empty.
 
         Args:
             inputs: the batch.
             last_frames: the units ask the last frame of each document alone, as those of a batch that `collate` made
                 with `context_only`: the last layer leaves all others out. The same predictions, to float rounding.
+            cache: keys and values of the documents' earlier frames; those of the batch are added.
 
         Raises:
             ValueError: `last_frames`, but a unit asks another frame.
@@ -81,14 +85,14 @@ class SciGPT(nn.Module):
                 f"a model with noise of width {self.settings.noise.width} got inputs {came}: make them with "
                 "noise.noisy_inputs and the model's own settings"
             )
-        x = self.trunk(inputs, last_frames=last_frames)
+        x = self.trunk(inputs, last_frames=last_frames, cache=cache)
         if inputs.noise is not None:
             return self.members(x, inputs)
         return {
             modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()
         }
 
-    def trunk(self, inputs: ModelInputs, *, last_frames: bool = False) -> Tensor:
+    def trunk(self, inputs: ModelInputs, *, last_frames: bool = False, cache: KeyValueCache | None = None) -> Tensor:
         """(T, width): what the model knows at each token; with `last_frames` at those of `ModelInputs.last_frames`, 0
         elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0. With noise member by
         member, (M * T, width); inputs without give what a trunk conditioned on noise knows at z = 0.
@@ -106,7 +110,8 @@ class SciGPT(nn.Module):
         asked, pieces = (inputs.last_frames, _PIECES) if last_frames else (None, 1)
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
-            x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces, noise=z)
+            held = None if cache is None else cache.layers[number - 1]
+            x = block(x, rotary=rotary, groups=inputs.groups, asked=only, pieces=pieces, noise=z, held=held)
         if asked is None:
             return self.norm(x)
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, asked, self.norm(x))

@@ -60,7 +60,7 @@ class Growth:
 
     def physical(self, payload: np.ndarray) -> np.ndarray:
         """Scaled values of the frame after the newest, (B, S, V, K), in physical units: (B, frame_times, V, Y, X)."""
-        ahead = self._slice(self.frame + 1, self.frame + 2)
+        ahead = frames_of(self.tokens, [self.frame + 1])
         return self._tokenizer.decode(ahead, self._tokenizer.snapped(payload)[:, None])
 
     def extend(self, values: np.ndarray) -> list[Tokens]:
@@ -91,7 +91,7 @@ class Growth:
             last, memory = self._memory.extend(payload, valid)
         new = {"payload": payload, "valid": valid, "last": last, "memory": memory}
         new |= self._forecast.extend(payload, valid, last=last, memory=memory)
-        blank = self._slice(self.frame, self.frame + 2)
+        blank = frames_of(self.tokens, [self.frame, self.frame + 1])
         out = []
         for way in range(self.batch):
             arrays = {name: getattr(blank, name).copy() for name in new}
@@ -108,9 +108,11 @@ class Growth:
         )
         return (self._tokenizer.arrange(transformed) - tokens.offset[self.frame]) / tokens.scale[:, :, None]
 
-    def _slice(self, first: int, last: int) -> Tokens:
-        part = {name: getattr(self.tokens, name)[first:last] for name in (*_PER_FRAME, "time", "frame_features")}
-        return replace(self.tokens, **part, ids=None, num_context=1)
+
+def frames_of(tokens: Tokens, frames: slice | list[int]) -> Tokens:
+    """Some frames of a document, in order, as a document with one frame of context."""
+    names = (*_PER_FRAME, "time", "frame_features")
+    return replace(tokens, **{name: getattr(tokens, name)[frames] for name in names}, ids=None, num_context=1)
 
 
 def _is_trace(tokens: Tokens) -> bool:
