@@ -148,8 +148,8 @@ def main() -> int:
         f"{SERIES} series x {MEMBERS} members, {CONTEXT} frames of context and {HORIZON} ahead, model {SIZE} "
         f"({model.num_parameters / 1e6:.2f} M parameters with noise of width {NOISE}), one thread. The first frame, "
         f"whose context is computed whole in both, takes {context_seconds:.2f} s of the cached. The uncached is "
-        f"{TIMED} frames measured at the shortest documents, times {HORIZON}, which flatters it. Greatest difference of "
-        f"their values: {worst:.1e} K.",
+        f"{TIMED} frames measured at the shortest documents, times {HORIZON}, which flatters it. Greatest difference "
+        f"of their values: {worst:.1e} K.",
         f"Made by `python -m benchmarks.rollout` ({machine()}, torch {torch.__version__}).",
     ]
     assert first[0].shape[1] == 1
