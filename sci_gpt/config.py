@@ -225,8 +225,17 @@ class AttentionConfig(Node):
     global_every: int = Field(default=2, ge=2)
 
 
+class NoiseConfig(Node):
+    """Noise for coherent samples (docs/model.md). width 0: none, the model predicts marginals; members: in training;
+    pooled_weight: of the CRPS of pooled values in the loss."""
+
+    width: int = Field(default=0, ge=0)
+    members: int = Field(default=2, ge=2)
+    pooled_weight: float = Field(default=1.0, ge=0)
+
+
 class ModelConfig(Node):
-    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py), its series head, its attention.
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py), its series head, attention and noise.
 
     id_table: an id of a series has an embedding of its own beside that of its value.
     width_rule: mup scales hidden learning rates and outputs by base_width / width, so that a rate tuned there holds.
@@ -238,6 +247,7 @@ class ModelConfig(Node):
     attention: AttentionConfig = AttentionConfig()
     width_rule: Literal["standard", "mup"] = "standard"
     base_width: int = Field(default=128, ge=8)
+    noise: NoiseConfig = NoiseConfig()
 
 
 class OptimizerConfig(Node):

@@ -236,7 +236,7 @@ def test_notes_that_do_not_fit_are_refused(model: LoadedModel) -> None:
         ({"horizon": 3}, r"horizon 3 is beyond 2 steps of 3600 s, the largest lead trained for 'station'.*at most 2"),
         ({"horizon": 0}, r"horizon is at least 1 step, got 0"),
         ({"num_samples": 8}, r"num_samples=8, seed=None: .*marginal quantiles, no trajectories"),
-        ({"seed": 1}, r"num_samples=None, seed=1"),
+        ({"seed": 1}, r"seed=1 without num_samples"),
         ({"quantiles": (0.9, 0.1)}, r"ascending levels between 0 and 1, got \[0\.9, 0\.1\]"),
         ({"quantiles": (0.5, 1.0)}, r"ascending levels between 0 and 1"),
         ({"quantiles": ()}, r"ascending levels between 0 and 1, got \[\]"),

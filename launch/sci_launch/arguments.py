@@ -148,6 +148,12 @@ def forecast_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantiles", metavar="Q,Q,..", default="0.1,0.5,0.9", help="levels in 0..1 (default 0.1,0.5,0.9)"
     )
     parser.add_argument(
+        "--num-samples", metavar="N", type=int, help="N trajectories for quantiles, of a model trained with noise"
+    )
+    parser.add_argument(
+        "--seed", metavar="S", type=int, help="of the trajectories: the same gives the same (default 0)"
+    )
+    parser.add_argument(
         "--source", metavar="NAME", help="a source of the training data that INPUT belongs to; left out: unseen"
     )
     parser.add_argument(

@@ -245,6 +245,7 @@ def _forecast(parsed: argparse.Namespace) -> int:
         time=parsed.time,
         columns=parsed.columns,
     )
+    options = dataclasses.replace(options, num_samples=parsed.num_samples, seed=parsed.seed)
     with progress(parsed.json):
         report = forecast_file(parsed.model, parsed.input, horizon=parsed.horizon, out=parsed.out, options=options)
     return print_result(report, as_json=parsed.json)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sci_gpt.model.embed import LevelEmbedding, QuestionEmbedding
-from sci_gpt.model.inputs import PayloadInputs
+from sci_gpt.model.inputs import PayloadInputs, Together
 from sci_gpt.model.layers import RMSNorm
 from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import MEMORIES
@@ -54,7 +55,19 @@ class MixturePrediction:
     log_spread: Tensor
 
 
-Prediction = GaussianPrediction | MixturePrediction
+@dataclass(frozen=True, kw_only=True)
+class SamplePrediction:
+    """Members (M, U, V, K) in scaled units, and which units are asked together.
+
+    `pooled_weight` is the weight of pooled values in the loss.
+    """
+
+    values: Tensor
+    together: Together
+    pooled_weight: float
+
+
+Prediction = GaussianPrediction | MixturePrediction | SamplePrediction
 
 
 class Head(nn.Module):
@@ -66,10 +79,18 @@ class Head(nn.Module):
         outputs: numbers per variable of a token.
         levels: as for `PayloadEmbedding`.
         output_scale: factor of the last layer's input (muP: base width / width).
+        drawn: more numbers, after the others, whose layer starts drawn and not at 0.
     """
 
     def __init__(
-        self, width: int, num_variables: int, *, outputs: int, levels: bool = False, output_scale: float = 1.0
+        self,
+        width: int,
+        num_variables: int,
+        *,
+        outputs: int,
+        levels: bool = False,
+        output_scale: float = 1.0,
+        drawn: int = 0,
     ) -> None:
         super().__init__()
         self.output_scale = output_scale
@@ -79,16 +100,19 @@ class Head(nn.Module):
         self.level = LevelEmbedding(width) if levels else None
         self.hidden = nn.Linear(width, width, bias=True)
         self.out = nn.Linear(2 * width, outputs, bias=True)
+        self.readout = nn.Linear(2 * width, drawn, bias=False) if drawn else None
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> Tensor:
-        """Trunk output of the modality's tokens (N, width) to (U, V, outputs)."""
+        """Trunk output of the modality's tokens (N, width) to (U, V, outputs + drawn)."""
         trunk = self.norm(x)[payload.unit_token] + self.question(payload.question)
         row = payload.variable[payload.unit_token].clamp(min=0)
         asked = trunk[:, None] + F.embedding(row, self.variable)  # u v w
         if self.level is not None:
             asked = asked + self.level(payload.log_level[payload.unit_token])
         known = torch.cat([F.gelu(self.hidden(asked)), asked], dim=-1)
-        return self.out(known if self.output_scale == 1.0 else self.output_scale * known)
+        known = known if self.output_scale == 1.0 else self.output_scale * known
+        numbers = self.out(known)
+        return numbers if self.readout is None else torch.cat([numbers, self.readout(known)], dim=-1)
 
 
 def _located(payload: PayloadInputs, correction: Tensor, *, lean: Tensor, start: float) -> Tensor:
@@ -143,6 +167,7 @@ class GaussianHead(nn.Module):
         pace: factor of the correction; below 1 it is learned more slowly.
         levels: as for `PayloadEmbedding`.
         output_scale: as for `Head`.
+        noise: numbers in the noise of a `SampleHead`.
     """
 
     def __init__(
@@ -156,21 +181,50 @@ class GaussianHead(nn.Module):
         pace: float = 1.0,
         levels: bool = False,
         output_scale: float = 1.0,
+        noise: int = 0,
     ) -> None:
         super().__init__()
         self.start_lean, self.pace = start, pace
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.num_leaning = num_values * num_memories + len(HORIZONS)  # products per answer of `_located` and `_spread`
-        self.head = Head(width, num_variables, outputs=sum(self.sizes), levels=levels, output_scale=output_scale)
+        self.head = Head(
+            width,
+            num_variables,
+            outputs=sum(self.sizes),
+            levels=levels,
+            output_scale=output_scale,
+            drawn=num_values * noise,
+        )
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> GaussianPrediction:
         """(N, width) to (U, V, K) predictions."""
-        correction, log_spread, lean, recent = self.head(x, payload).split(self.sizes, dim=-1)
+        return self.distribution(self.head(x, payload), payload)
+
+    def distribution(self, numbers: Tensor, payload: PayloadInputs) -> GaussianPrediction:
+        """What the last layer gave, (U, V, outputs), as locations and spreads (U, V, K)."""
+        correction, log_spread, lean, recent = numbers.split(self.sizes, dim=-1)
         return GaussianPrediction(
             mean=_located(payload, self.pace * correction, lean=lean, start=self.start_lean),
             log_spread=_spread(payload, log_spread, recent=recent),
             lower=payload.unit_lower if payload.unit_lower.shape[-1] else None,
         )
+
+
+class SampleHead(GaussianHead):
+    """Head of a trunk that is conditioned on noise: a member is location + spread * a . z / |a|, one value each.
+
+    z is the noise of the asking frame and member, the same for all its slots; a, read out of the trunk, says how each
+    value hangs on it, so that values with like a move together. Alone each value is as wide as its spread says.
+    """
+
+    def member(self, x: Tensor, payload: PayloadInputs, *, noise: Tensor) -> Tensor:
+        """One member's values (U, V, K) in scaled units, from (N, width) and the noise of its tokens (N, noise)."""
+        numbers = self.head(x, payload)
+        at = self.distribution(numbers[..., : sum(self.sizes)], payload)
+        z = noise[payload.unit_token].to(numbers.dtype)
+        hangs = rearrange(numbers[..., sum(self.sizes) :], "u v (k n) -> u v k n", n=z.shape[1])
+        size = hangs.square().sum(dim=-1).clamp(min=1e-12).sqrt()
+        return at.mean + at.log_spread.exp() * torch.einsum("uvkn,un->uvk", hangs, z) / size
 
 
 class MixtureHead(nn.Module):

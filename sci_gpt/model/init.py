@@ -13,6 +13,7 @@ from sci_gpt.model.transformer import SciGPT
 
 LEVELS = "level.project.weight"  # what variables' levels weigh, in embedding and head
 _ZERO = (".bias", "variable_gain", "id_table", LEVELS)  # what adds nothing before training
+_NOISE = 0.1  # standard deviation of 1 + W z, the factor by which noise scales a norm's output before training
 
 
 def standard_normal(seed: int, name: str, *, start: int, stop: int) -> Tensor:
@@ -48,4 +49,6 @@ def _spread(name: str, parameter: Tensor, *, layers: int) -> float:
     if name.endswith(("variable_bias", "head.variable")):
         return 0.5  # which variable it is must be as plain to see as when and where
     spread = parameter.shape[-1] ** -0.5
+    if name.endswith(".noise.weight"):
+        return _NOISE * spread
     return spread / math.sqrt(2 * layers) if name.endswith((".output.weight", ".down.weight")) else spread

@@ -57,6 +57,45 @@ class DocumentGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseSettings:
+    """How a trunk is conditioned on noise.
+
+    Attributes:
+        width: numbers in the vector of a document, frame and member; 0: the model predicts marginals and has no
+            parameters for noise.
+        members: samples per document in training, at least 2.
+        pooled_weight: weight of the CRPS of pooled values (see `loss.pooled_crps`) beside that of single values.
+    """
+
+    width: int = 0
+    members: int = 2
+    pooled_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Which units of a modality are asked together (the same document, origin and lead), int64 (U,) each.
+
+    Attributes:
+        group: number of the document, origin and lead.
+        slot: of the unit in its frame.
+        frame: of the origin in its document.
+    """
+
+    group: Tensor
+    slot: Tensor
+    frame: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Noise of M members: values (M, T, width), the same for all slots of a frame; and {modality: Together}."""
+
+    values: Tensor
+    together: dict[str, Together]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInputs:
     """A batch of T token positions as tensors; positions without a token are in no group and no payload.
 
@@ -67,6 +106,7 @@ class ModelInputs:
         features: float32 (T, features).
         payloads: {modality: PayloadInputs}.
         groups: documents by shape.
+        noise: of a model that is conditioned on noise, else None.
     """
 
     frame: Tensor
@@ -77,6 +117,21 @@ class ModelInputs:
     features: Tensor
     payloads: dict[str, PayloadInputs]
     groups: tuple[DocumentGroup, ...]
+    noise: Noise | None = None
+
+    def repeated(self, count: int) -> ModelInputs:
+        """The places of `count` copies of each document, copy by copy: (count * T,); payloads stay as they are."""
+        size = len(self.frame)
+        groups = tuple(
+            replace(group, index=torch.cat([group.index + copy * size for copy in range(count)]))
+            for group in self.groups
+        )
+        tensors = {
+            name: value.repeat(count, *[1] * (value.dim() - 1))
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, groups=groups, **tensors)
 
     def by_document(self) -> tuple[Tensor, ModelInputs]:
         """The positions that hold a token, document after document and group after group, int64; and where and when
@@ -89,7 +144,7 @@ class ModelInputs:
             groups.append(replace(group, index=index, side_by_side=True))
             first += index.numel()
         laid = {name: getattr(self, name)[order] for name in ("frame", "row", "column", "period")}
-        return order, replace(self, features=self.features[:0], payloads={}, groups=tuple(groups), **laid)
+        return order, replace(self, features=self.features[:0], payloads={}, groups=tuple(groups), noise=None, **laid)
 
     @property
     def last_frames(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +123,17 @@ def whole_turns(period: int, count: int) -> list[int]:
     return turns
 
 
+class Held(Protocol):
+    """Keys and values of earlier frames of a layer, see `cache.KeyValueCache`."""
+
+    def mix(self, q: Tensor, k: Tensor, *, v: Tensor) -> Tensor | None:
+        """Keep k and v; what q, of one more frame, attends to; None where k and v are the first (attend as usual)."""
+
+
 class Block(nn.Module):
     """Pre-norm attention with normalised queries and keys, then SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, *, noise: int = 0) -> None:
         super().__init__()
         self.heads = shape.heads
         self.attention_norm = RMSNorm(shape.width)
@@ -140,6 +147,7 @@ class Block(nn.Module):
         self.gate = nn.Linear(shape.width, shape.hidden, bias=False)
         self.up = nn.Linear(shape.width, shape.hidden, bias=False)
         self.down = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.noise = nn.Linear(noise, 2 * shape.width, bias=False) if noise else None
 
     def forward(
         self,
@@ -149,11 +157,15 @@ class Block(nn.Module):
         reach: Reach,
         asked: Tensor | None = None,
         pieces: int = 1,
+        noise: Tensor | None = None,
+        held: Held | None = None,
     ) -> Tensor:
         """(T, width) to (T, width); with `asked`, the positions of `ModelInputs.last_frames`, to theirs alone (A,
-        width). `pieces` as in `attend`.
+        width). `pieces` as in `attend`; `noise` (T, noise width) scales what the norms give by 1 + W z; `held` keeps
+        keys and values of earlier frames (`cache.KeyValueCache`).
         """
-        normed = self.attention_norm(x)
+        first, second = (None, None) if noise is None else (1.0 + self.noise(noise)).chunk(2, dim=-1)
+        normed = self.attention_norm(x) if first is None else self.attention_norm(x) * first
         asking = normed if asked is None else normed[asked]
         q, k, v = (
             rearrange(f(of), "t (h c) -> t h c", h=self.heads)
@@ -161,10 +173,14 @@ class Block(nn.Module):
         )
         q_angles = rotary if asked is None else rotary.take(asked)
         q, k = q_angles.turn(self.query_norm(q)), rotary.turn(self.key_norm(k))
-        if asked is None:
+        if held is not None and (kept := held.mix(q, k, v=v)) is not None:
+            mixed = kept
+        elif asked is None:
             mixed = attend(q, k, v=v, reach=reach, pieces=pieces)
         else:
             mixed = attend_last(q, k, v=v, reach=reach)
         x = (x if asked is None else x[asked]) + self.output(rearrange(mixed, "t h c -> t (h c)"))
         normed = self.mlp_norm(x)
+        if second is not None:
+            normed = normed * (second if asked is None else second[asked])
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))

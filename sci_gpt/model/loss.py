@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sci_gpt.model.heads import GaussianPrediction, MixturePrediction, Prediction
-from sci_gpt.model.inputs import ModelInputs, PayloadInputs
+from sci_gpt.model.heads import GaussianPrediction, MixturePrediction, Prediction, SamplePrediction
+from sci_gpt.model.inputs import ModelInputs, PayloadInputs, Together
 from sci_tokenizers.tokenizer import TokenizerSettings
+
+_SLOT_SUMS = 4  # sums over the slots of a frame in each question's pooled score
 
 
 def crps_gaussian(mean: Tensor, log_spread: Tensor, *, truth: Tensor) -> Tensor:
@@ -73,12 +75,77 @@ def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, wi
     return torch.logsumexp(prediction.log_weight + bins, dim=-1)
 
 
+def crps_members(members: Tensor, truth: Tensor) -> Tensor:
+    """Fair CRPS of M members (M, ..) against the truth (..): mean|x - y| - sum|xi - xj| / (2 M (M - 1)) (Ferro 2014).
+
+    Elementwise, in the unit of `truth`; its expectation is least for members from the truth's own distribution, however
+    few they are.
+    """
+    count = len(members)
+    rank = 2.0 * torch.arange(count, device=members.device, dtype=members.dtype) - count + 1
+    # sum over i, j of |xi - xj| = 2 sum_i (2i - M + 1) x_(i): no pairs are formed
+    pairs = 2.0 * torch.tensordot(rank, members.sort(dim=0).values, dims=1)
+    return (members - truth).abs().mean(dim=0) - pairs / (2.0 * count * (count - 1))
+
+
+def _walsh(number: Tensor, frame: Tensor) -> Tensor:
+    """Signs of the Walsh function `frame` at `number`, +1 or -1: over the frames any two numbers differ as often as
+    not, so that sums with these signs show every covariance in turn."""
+    bits = number & frame
+    for shift in (16, 8, 4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    return 1.0 - 2.0 * (bits & 1)
+
+
+def pooled_crps(errors: Tensor, *, weight: Tensor, together: Together) -> Tensor:
+    """Fair CRPS (U,) of sums over values that are asked together, which scores of single values say nothing of.
+
+    Inside a token: the Walsh functions of each variable's K cells, divided by the root of the summed squared weights
+    (of unit variance for white errors). Over the slots of a frame: these sums once more, with the signs of `_SLOT_SUMS`
+    Walsh functions of the slots, the plain sum always and others in each frame, divided by the root of the slots. Both
+    also for the variables mixed with such signs. The mean over the scores of each of the two, added.
+
+    Args:
+        errors: (M, U, V, K), members less the truth.
+        weight: (U, V, K) of each value, 0 where the truth is missing.
+        together: which units make one question; all units of a question have the same second part.
+    """
+    mix = _walsh(torch.arange(errors.shape[2], device=errors.device), together.frame[:, None])  # u v
+    size = weight.square().sum(dim=2).sqrt()  # u v
+    cells = torch.arange(errors.shape[3], device=errors.device)
+    inside = torch.einsum("qk,muvk->umqv", _walsh(cells, cells[:, None]), errors * weight)
+    inside = inside / torch.where(size > 0, size, 1.0)[:, None, None]
+    part = _mean_crps(inside, present=size > 0, mix=mix)
+    count = int(together.group.max()) + 1 if len(weight) else 0
+    slots = weight.new_zeros(count, mix.shape[1]).index_add(0, together.group, (size > 0).to(weight.dtype))
+    first = mix.new_zeros(count, mix.shape[1]).index_copy(0, together.group, mix)
+    for number in range(_SLOT_SUMS):
+        function = together.frame * (_SLOT_SUMS - 1) + number if number else torch.zeros_like(together.frame)
+        signed = inside * _walsh(together.slot, function)[:, None, None, None]
+        sums = inside.new_zeros(count, *inside.shape[1:]).index_add(0, together.group, signed)
+        sums = sums / slots.clamp(min=1).sqrt()[:, None, None]
+        part = part + _mean_crps(sums, present=slots > 0, mix=first)[together.group] / _SLOT_SUMS
+    return part
+
+
+def _mean_crps(sums: Tensor, *, present: Tensor, mix: Tensor) -> Tensor:
+    """Mean fair CRPS (G,) of the sums (G, M, Q, V) of the variables that are present (G, V), and of their mixture with
+    the signs (G, V)."""
+    share = mix * present / present.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+    mixed = torch.einsum("gmqv,gv->gmq", sums, share)
+    flat = torch.cat([sums, mixed[..., None]], dim=3).transpose(0, 1)  # m g q (v + 1)
+    counted = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)[:, None]  # g 1 (v + 1)
+    scores = crps_members(flat, torch.zeros_like(flat[0])) * counted
+    return scores.sum(dim=(1, 2)) / (counted.sum(dim=(1, 2)) * scores.shape[1]).clamp(min=1)
+
+
 def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: TokenizerSettings) -> Tensor:
     """Loss of each unit (U,): the weighted mean over its valid values; 0 where nothing is valid.
 
     Series: cross-entropy of the id's bin (nats). Grids and traces: CRPS in spreads of the anchor where that is known
         (traces),
-    else in scaled units (grids).
+    else in scaled units (grids). Members (all modalities): fair CRPS in spreads of the anchor, plus `pooled_weight`
+        times `pooled_crps`, in the same unit.
     """
     truth = payload.values[payload.unit_target]
     weight = payload.weight[payload.unit_target] * payload.valid[payload.unit_target]
@@ -87,10 +154,17 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: Tok
             prediction, truth[:, 0, 0], width=settings.series_bin_width, limit=settings.series_limit
         )
         return torch.where(weight[:, 0, 0] > 0, loss, 0.0)
-    assert isinstance(prediction, GaussianPrediction)
-    loss = crps_of(prediction, truth) / payload.unit_spread.exp()
+    spread, pooled = payload.unit_spread.exp(), torch.zeros_like(payload.unit_weight)
+    if isinstance(prediction, SamplePrediction):
+        errors = torch.where(weight > 0, (prediction.values - truth) / spread, 0.0)
+        loss = crps_members(errors, torch.zeros_like(truth))
+        pooled = prediction.pooled_weight * pooled_crps(errors, weight=weight, together=prediction.together)
+    else:
+        assert isinstance(prediction, GaussianPrediction)
+        loss = crps_of(prediction, truth) / spread
     total = weight.sum(dim=(1, 2))
-    return torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
+    single = torch.where(weight > 0, loss * weight, 0.0).sum(dim=(1, 2)) / torch.where(total > 0, total, 1.0)
+    return single + torch.where(total > 0, pooled, 0.0)
 
 
 def weighted_sums(

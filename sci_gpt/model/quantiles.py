@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sci_gpt.model.heads import MixturePrediction, Prediction
+from sci_gpt.model.heads import MixturePrediction, Prediction, SamplePrediction
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 _BISECTIONS = 22  # 30 / 2^22: finer than float32 shows at the edge of the range
@@ -14,9 +14,12 @@ _BISECTIONS = 22  # 30 / 2^22: finer than float32 shows at the edge of the range
 def prediction_quantiles(prediction: Prediction, levels: Tensor, *, settings: TokenizerSettings) -> Tensor:
     """Quantiles (levels, U, V, K) of each unit's values.
 
-    A Gaussian's are closed, and none lies below its bound. A mixture's are found by bisection of its distribution
-    function on the range of the bins: a quantile beyond the outermost centres is that centre (the bins there are open).
+    A Gaussian's are closed, and none lies below its bound; members' are interpolated between them. A mixture's are
+    found by bisection of its distribution function on the range of the bins: a quantile beyond the outermost centres is
+    that centre (the bins there are open).
     """
+    if isinstance(prediction, SamplePrediction):
+        return torch.quantile(prediction.values, levels.to(prediction.values.dtype), dim=0)
     if not isinstance(prediction, MixturePrediction):
         z = torch.special.ndtri(levels.double()).float()
         quantiles = prediction.mean + z[:, None, None, None] * prediction.log_spread.exp()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sci_gpt.model.heads import GaussianPrediction
+from sci_gpt.model.heads import GaussianPrediction, SamplePrediction
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs
-from sci_gpt.model.loss import crps_of, unit_losses
+from sci_gpt.model.loss import crps_members, crps_of, unit_losses
 from sci_gpt.model.quantiles import prediction_quantiles
 from sci_gpt.model.transformer import SciGPT
 from sci_tokenizers.tokenizer import TokenizerSettings
@@ -37,6 +37,8 @@ def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSetti
         loss = unit_losses(prediction, payload, settings=settings).double()
         if isinstance(prediction, GaussianPrediction):
             crps = crps_of(prediction, truth)
+        elif isinstance(prediction, SamplePrediction):
+            crps = crps_members(prediction.values, truth)
         else:
             levels = torch.tensor(_LEVELS)
             quantiles = prediction_quantiles(prediction, levels, settings=settings)

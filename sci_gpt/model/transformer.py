@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from sci_gpt.model.attention import Reach
+from sci_gpt.model.cache import KeyValueCache
 from sci_gpt.model.checkpointing import Checkpointing, run_layer
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
-from sci_gpt.model.heads import GRID_PACE, START_LEAN, GaussianHead, MixtureHead, Prediction
-from sci_gpt.model.inputs import ModelInputs
+from sci_gpt.model.heads import (
+    GRID_PACE,
+    START_LEAN,
+    GaussianHead,
+    MixtureHead,
+    Prediction,
+    SampleHead,
+    SamplePrediction,
+)
+from sci_gpt.model.inputs import ModelInputs, NoiseSettings
 from sci_gpt.model.layers import Block, RMSNorm, Rotary
 from sci_gpt.model.shapes import ModelShape
 from sci_tokenizers.memory import MEMORIES
@@ -34,6 +43,7 @@ class ModelSettings:
         global_every: every so-manieth layer sees all patches, whatever the radius.
         id_table: an id of a series is embedded by its value and by a row of its own.
         base_width: of the muP rule, at which it changes nothing (see `width`); None: the standard rule.
+        noise: of a trunk that is conditioned on noise, whose predictions are members; by default none.
     """
 
     tokenizer: TokenizerSettings
@@ -43,6 +53,7 @@ class ModelSettings:
     global_every: int = 2
     id_table: bool = True
     base_width: int | None = None
+    noise: NoiseSettings = NoiseSettings()
 
 
 class SciGPT(nn.Module):
@@ -60,7 +71,6 @@ class SciGPT(nn.Module):
             "trace": settings.tokenizer.trace_samples,
         }
         rows, width = settings.num_variables, shape.width
-        output_scale = 1.0 if settings.base_width is None else settings.base_width / width
         self.checkpointing: Checkpointing = "none"
         self.context = ContextEmbedding(width)
         ids = {"series": settings.tokenizer.series_ids} if settings.id_table else {}
@@ -70,82 +80,124 @@ class SciGPT(nn.Module):
                 for m, k in values.items()
             }
         )
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape, noise=settings.noise.width) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
-        self.heads = nn.ModuleDict(
-            {
-                "grid": GaussianHead(
-                    width,
-                    rows,
-                    num_values=values["grid"],
-                    num_memories=len(MEMORIES),
-                    start=START_LEAN["grid"],
-                    pace=GRID_PACE,
-                    levels=True,
-                    output_scale=output_scale,
-                ),
-                "series": MixtureHead(
-                    width,
-                    rows,
-                    components=settings.mixture_components,
-                    bin_width=settings.tokenizer.series_bin_width,
-                    output_scale=output_scale,
-                ),
-                "trace": GaussianHead(
-                    width,
-                    rows,
-                    num_values=values["trace"],
-                    num_memories=0,
-                    start=START_LEAN["trace"],
-                    output_scale=output_scale,
-                ),
-            }
-        )
+        self.heads = nn.ModuleDict(_heads(width, settings, values=values))
 
-    def forward(self, inputs: ModelInputs, *, last_frames: bool = False) -> dict[str, Prediction]:
+    def forward(
+        self, inputs: ModelInputs, *, last_frames: bool = False, cache: KeyValueCache | None = None
+    ) -> dict[str, Prediction]:
         """Predictions of every asked unit, by modality; a rank's batch holds every modality, absent ones empty.
 
         Args:
             inputs: the batch.
             last_frames: the units ask the last frame of each document alone, as those of a batch that `collate` made
                 with `context_only`: the last layer leaves all others out. The same predictions, to float rounding.
+            cache: keys and values of the documents' earlier frames; those of the batch are added.
 
         Raises:
             ValueError: `last_frames`, but a unit asks another frame.
         """
         if last_frames:
             _check_asked(inputs)
-        x = self.trunk(inputs, last_frames=last_frames)
+        if (inputs.noise is not None) != bool(self.settings.noise.width):
+            came = "without noise" if inputs.noise is None else "with noise"
+            raise ValueError(
+                f"a model with noise of width {self.settings.noise.width} got inputs {came}: make them with "
+                "noise.noisy_inputs and the model's own settings"
+            )
+        x = self.trunk(inputs, last_frames=last_frames, cache=cache)
+        if inputs.noise is not None:
+            return self.members(x, inputs)
         return {
             modality: self.heads[modality](x[payload.index], payload) for modality, payload in inputs.payloads.items()
         }
 
-    def trunk(self, inputs: ModelInputs, *, last_frames: bool = False) -> Tensor:
+    def trunk(self, inputs: ModelInputs, *, last_frames: bool = False, cache: KeyValueCache | None = None) -> Tensor:
         """(T, width): what the model knows at each token; with `last_frames` at those of `ModelInputs.last_frames`; 0
-        elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0.
+        elsewhere. A model whose layers were left out (`LoadedModel.untrained`) knows nothing: 0. With noise member by
+        member, (M * T, width); inputs without give what a trunk conditioned on noise knows at z = 0.
         """
+        copies = 1 if inputs.noise is None else len(inputs.noise.values)
         if not len(self.blocks):
-            return inputs.features.new_zeros(len(inputs.frame), self.shape.width)
+            return inputs.features.new_zeros(copies * len(inputs.frame), self.shape.width)
         x = self.context(inputs.features)
         for modality, payload in inputs.payloads.items():
             x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
+        z = None
+        if inputs.noise is not None:
+            x, z, inputs = x.repeat(copies, 1), inputs.noise.values.flatten(0, 1), inputs.repeated(copies)
         order, laid = inputs.by_document()
-        x, rotary = x[order], Rotary.of(laid, self.shape.head_width)
+        x, rotary, z = x[order], Rotary.of(laid, self.shape.head_width), None if z is None else z[order]
         wide, radius = Reach.of(laid), self.settings.radius
+        if cache is not None and radius is not None:
+            raise ValueError(
+                f"a key-value cache lets every layer see all patches, this model's see a radius of {radius}: draw samples "
+                "with a model whose attention.radius is null"
+            )
         near = wide if radius is None else Reach.of(laid, radius=radius)
         asked, pieces = (laid.last_frames, _PIECES) if last_frames else (None, 1)
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
             reach = near if number % self.settings.global_every else wide
-            layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces)
+            held = None if cache is None else cache.layers[number - 1]
+            layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces, noise=z, held=held)
             x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
+
+    def members(self, x: Tensor, inputs: ModelInputs) -> dict[str, Prediction]:
+        """Members of every asked unit from the trunk's output (M * T, width), by modality."""
+        noise = inputs.noise
+        assert noise is not None
+        return {
+            modality: SamplePrediction(
+                values=torch.stack(
+                    [
+                        self.heads[modality].member(own[payload.index], payload, noise=z[payload.index])
+                        for own, z in zip(x.chunk(len(noise.values)), noise.values, strict=True)
+                    ]
+                ),
+                together=noise.together[modality],
+                pooled_weight=self.settings.noise.pooled_weight,
+            )
+            for modality, payload in inputs.payloads.items()
+        }
 
     @property
     def num_parameters(self) -> int:
         """All parameters, each once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _heads(width: int, settings: ModelSettings, *, values: dict[str, int]) -> dict[str, nn.Module]:
+    """A head per modality, for `values` numbers in a token's variable; with noise all are heads of members."""
+    rows, noise = settings.num_variables, settings.noise.width
+    output_scale = 1.0 if settings.base_width is None else settings.base_width / width
+    heads: dict[str, nn.Module] = {
+        name: (SampleHead if noise else GaussianHead)(
+            width,
+            rows,
+            num_values=count,
+            num_memories=0 if name == "trace" else len(MEMORIES),
+            start=START_LEAN[name],
+            pace=GRID_PACE if name == "grid" else 1.0,
+            levels=name == "grid",
+            output_scale=output_scale,
+            noise=noise,
+        )
+        for name, count in values.items()
+        if noise or name != "series"
+    }
+    if not noise:
+        heads["series"] = MixtureHead(
+            width,
+            rows,
+            components=settings.mixture_components,
+            bin_width=settings.tokenizer.series_bin_width,
+            output_scale=output_scale,
+        )
+    return {name: heads[name] for name in values}
 
 
 def _check_asked(inputs: ModelInputs) -> None:

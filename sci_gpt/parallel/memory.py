@@ -9,8 +9,8 @@ from sci_gpt.model.shapes import ModelShape
 _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 _MASTER_AND_MOMENTS = 12  # fp32 master weight and two moments of Adam
 # Widths and hidden widths that a layer keeps per token; widths that embeddings and heads keep.
-_KEPT: dict[Checkpointing, tuple[float, float]] = {"none": (11.0, 4.0), "selective": (7.0, 2.0), "full": (1.0, 0.0)}
-_ENDS = 12.0
+_KEPT: dict[Checkpointing, tuple[float, float]] = {"none": (11.5, 4.0), "selective": (7.0, 2.0), "full": (1.0, 0.0)}
+_ENDS = (12.0, 400.0)  # widths and values of what does not grow with the width: features, anchors, predictions
 _FP32_ADAM = 8  # two moments; in fp32 the weights are their own master at ZeRO 0
 
 
@@ -58,12 +58,12 @@ def activation_bytes(
 ) -> float:
     """Estimate of what one micro-batch keeps for its backward pass on one device.
 
-    Per token, in values: each layer keeps 11 widths (what the two norms give, scaled and not, queries and keys after
-    norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the two
-    branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths. Attention probabilities are not
-    kept. With selective checkpointing a layer keeps 7 widths (its input, queries, keys, values, the attention's result,
-    its two outputs) and 2 hidden widths (the two branches), with full its input alone; then one layer at a time has the
-    rest again.
+    Per token, in values: each layer keeps 11.5 widths (what the two norms give, scaled and not, queries and keys
+    after norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the
+    two branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths and 400 values. Attention
+    probabilities are not kept. With selective checkpointing a layer keeps 7 widths (its input, queries, keys, values,
+    the attention's result, its two outputs) and 2 hidden widths (the two branches), with full its input alone; then one
+    layer at a time has the rest again.
 
     Args:
         shape: of the trunk.
@@ -81,5 +81,5 @@ def activation_bytes(
     whole, kept = (
         widths * shape.width + hiddens * shape.hidden for widths, hiddens in (_KEPT["none"], _KEPT[checkpointing])
     )
-    per_token = shape.layers * kept + (whole - kept) + _ENDS * shape.width
+    per_token = shape.layers * kept + (whole - kept) + _ENDS[0] * shape.width + _ENDS[1]
     return num_tokens * per_token * _WEIGHT_BYTES[dtype]

@@ -18,8 +18,9 @@ from sci_gpt.data.statistics import TrainingStatistics
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.model.init import initialize
-from sci_gpt.model.inputs import ModelInputs, to_inputs
+from sci_gpt.model.inputs import ModelInputs, NoiseSettings
 from sci_gpt.model.loss import valid_weights, weighted_sums
+from sci_gpt.model.noise import noisy_inputs
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.widen import is_table, widened
@@ -293,7 +294,10 @@ class _Documents:
         count = min(_VALID_WINDOWS, valid.num_windows)
         chosen = np.linspace(0, valid.num_windows - 1, count).astype(int)
         longest = self.spec.context_frames[1]
-        self.valid = _chunks([self._encode(valid.read(int(number)), longest) for number in chosen])
+        self._noise = known.model.settings.noise
+        self.valid = _chunks(
+            [self._encode(valid.read(int(number)), longest) for number in chosen], noise=self._noise, seed=settings.seed
+        )
         if not sum(valid_weights(inputs)[self.modality] for inputs in self.valid):
             raise DataError(
                 f"source {examples.source!r}: its validation part holds no value to forecast; give a longer or a more "
@@ -310,7 +314,8 @@ class _Documents:
             window = int(np.random.default_rng([self._seed, epoch]).permutation(number)[at])
             context = low + int(np.random.default_rng([self._seed, 1, place]).integers(high - low + 1))
             documents.append(self._document(window, context))
-        (inputs,) = _chunks(documents, most=None)
+        # Fresh noise each step: the seed is that of the step, the documents are known by their keys.
+        (inputs,) = _chunks(documents, noise=self._noise, seed=self._seed + step, most=None)
         return inputs
 
     def loss(self, inputs: ModelInputs) -> Tensor:
@@ -340,7 +345,9 @@ class _Documents:
         return self.tokenizer.encode(sample, num_context=context, leads=self.spec.leads, statistics=self.statistics)
 
 
-def _chunks(documents: list[Tokens], *, most: int | None = _BATCH_TOKENS) -> list[ModelInputs]:
+def _chunks(
+    documents: list[Tokens], *, noise: NoiseSettings, seed: int, most: int | None = _BATCH_TOKENS
+) -> list[ModelInputs]:
     """Documents as batches of at most `most` tokens each (one document at least); None: one batch."""
     chunks: list[list[Tokens]] = [[]]
     for tokens in documents:
@@ -348,7 +355,10 @@ def _chunks(documents: list[Tokens], *, most: int | None = _BATCH_TOKENS) -> lis
         if most is not None and chunks[-1] and held + tokens.num_tokens > most:
             chunks.append([])
         chunks[-1].append(tokens)
-    return [to_inputs(collate([chunk], sum(tokens.num_tokens for tokens in chunk))) for chunk in chunks]
+    return [
+        noisy_inputs(collate([chunk], sum(tokens.num_tokens for tokens in chunk)), noise=noise, seed=seed)
+        for chunk in chunks
+    ]
 
 
 def _optimizer(

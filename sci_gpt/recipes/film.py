@@ -7,13 +7,15 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from sci_gpt.errors import ConfigError, DataError
 from sci_tokenizers.sample import Modality, Sample
 from sci_tokenizers.variables import VARIABLES, UnknownVariableError, convert
+
+Label = Literal["quantile", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,14 @@ class Film(ABC):
         """The context followed by `num_times` times of which only the clock is known (values not valid)."""
 
     @abstractmethod
-    def answer(self, answers: Sequence[np.ndarray], levels: tuple[float, ...]) -> Any:
-        """The forecast as the same kind of object; an array (levels, leads, variable, row, column) per context."""
+    def answer(self, answers: Sequence[np.ndarray], labels: tuple[float, ...], *, kind: Label = "quantile") -> Any:
+        """The forecast as the same kind of object.
+
+        Args:
+            answers: an array (labels, leads, variable, row, column) per context.
+            labels: levels of quantiles, or numbers of samples from 0 on.
+            kind: which of the two.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from sci_gpt.data.calendars import Clock, clock
 from sci_gpt.data.cf_grid import YEAR_SECONDS, coordinate, film, interval_ends, table_name, table_unit
 from sci_gpt.data.grid_blocks import contiguous
 from sci_gpt.errors import ConfigError, DataError
-from sci_gpt.recipes.film import Column, Film, Notes, extend_values
+from sci_gpt.recipes.film import Column, Film, Label, Notes, extend_values
 from sci_tokenizers.sample import Modality, Sample
 
 _EPOCH = "seconds since 1970-01-01"
@@ -61,15 +61,20 @@ class GridFilm(Film):
         times = self._clock(num_times)
         return extend_values(context, time=times.time, year_phase=times.year_phase, day_phase=times.day_phase)
 
-    def answer(self, answers: Sequence[np.ndarray], levels: tuple[float, ...]) -> xr.Dataset | xr.DataArray:
-        """Dimensions lead_time, quantile, rows, columns; names, units, attributes and places as given."""
+    def answer(
+        self, answers: Sequence[np.ndarray], labels: tuple[float, ...], *, kind: Label = "quantile"
+    ) -> xr.Dataset | xr.DataArray:
+        """Dimensions lead_time, quantile (or sample), rows, columns; names, units, attributes and places as given."""
         num_leads = answers[0].shape[1]
         variables = {
-            field.column.name: self._variable(field, steps) for field, steps in zip(self._fields, answers, strict=True)
+            field.column.name: self._variable(field, steps, kind=kind)
+            for field, steps in zip(self._fields, answers, strict=True)
         }
         fields = set(variables)
         attributes = {**self._given.attrs, "Conventions": self._given.attrs.get("Conventions", "CF-1.8")}
-        data = xr.Dataset(variables, coords=self._coordinates(num_leads, levels), attrs=attributes)
+        data = xr.Dataset(
+            variables, coords={**self._coordinates(num_leads), kind: _labels(kind, labels)}, attrs=attributes
+        )
         for name, variable in self._given.variables.items():  # places, levels, grid mapping: all that has no time
             if name not in data.variables and name not in fields and self._axis not in variable.dims:
                 if set(variable.dims) <= set(data.dims):
@@ -111,15 +116,15 @@ class GridFilm(Film):
         variable, _, unit = self._notes.columns.get(name, "").partition(":")
         return {key: value for key, value in (("name", variable), ("unit", unit)) if value}
 
-    def _variable(self, field: Field, steps: np.ndarray) -> xr.Variable:
-        values = field.column.write(steps[:, :, 0]).astype(np.float32)  # (levels, leads, row, column)
+    def _variable(self, field: Field, steps: np.ndarray, *, kind: Label) -> xr.Variable:
+        values = field.column.write(steps[:, :, 0]).astype(np.float32)  # (labels, leads, row, column)
         attributes = {
             name: value for name, value in self._given[field.column.name].attrs.items() if name != "cell_methods"
         }
-        dims = ("lead_time", "quantile", field.rows, field.columns)
+        dims = ("lead_time", kind, field.rows, field.columns)
         return xr.Variable(dims, values.swapaxes(0, 1), attributes | {"units": field.column.unit})
 
-    def _coordinates(self, num_leads: int, levels: tuple[float, ...]) -> dict[str, xr.Variable]:
+    def _coordinates(self, num_leads: int) -> dict[str, xr.Variable]:
         stamps = self._stamps(num_leads)
         last = self._last()
         elapsed = np.array([(stamp - last).total_seconds() for stamp in stamps])
@@ -140,7 +145,6 @@ class GridFilm(Film):
                 elapsed / seconds,
                 {"standard_name": "forecast_period", "units": unit, "long_name": "lead time"},
             ),
-            "quantile": xr.Variable("quantile", np.array(levels), {"long_name": "quantile level", "units": "1"}),
             "time": xr.Variable(
                 "lead_time", given, {**clock_attributes, "standard_name": "time", "long_name": "valid time"}
             ),
@@ -184,6 +188,13 @@ def tiles(rows: int, columns: int, *, tile: tuple[int, int]) -> list[tuple[slice
     tops = [min(top, rows - height) for top in range(0, rows, height)]
     lefts = [min(left, columns - width) for left in range(0, columns, width)]
     return [(slice(top, top + height), slice(left, left + width)) for top in tops for left in lefts]
+
+
+def _labels(kind: Label, labels: tuple[float, ...]) -> xr.Variable:
+    if kind == "sample":  # CF's name for a member of an ensemble
+        attributes = {"standard_name": "realization", "long_name": "number of the sample", "units": "1"}
+        return xr.Variable(kind, np.array(labels, np.int64), attributes)
+    return xr.Variable(kind, np.array(labels), {"long_name": "quantile level", "units": "1"})
 
 
 def _add_months(date: Any, months: int) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 from sci_gpt.data.calendars import posix_clock
 from sci_gpt.data.cf_grid import nominal_step
 from sci_gpt.errors import ConfigError, DataError
-from sci_gpt.recipes.film import Column, Film, Notes, column_of, extend_values, refuse_missing, split_header
+from sci_gpt.recipes.film import Column, Film, Label, Notes, column_of, extend_values, refuse_missing, split_header
 from sci_gpt.recipes.table_guess import TableWords, read_table
 from sci_tokenizers.sample import Modality, Sample
 
@@ -74,23 +74,25 @@ class SeriesFilm(Film):
         times = posix_clock(_seconds(self._future(num_times)))
         return extend_values(context, time=times.time, year_phase=times.year_phase, day_phase=times.day_phase)
 
-    def answer(self, answers: Sequence[np.ndarray], levels: tuple[float, ...]) -> pd.DataFrame:
-        """Columns time, lead (steps), variable (the table's column, without its unit), quantile, value, unit (as in
-        the table)."""
-        quantiles = answers[0][..., 0, 0]  # (levels, leads, variable)
-        future = self._future(quantiles.shape[1])
+    def answer(
+        self, answers: Sequence[np.ndarray], labels: tuple[float, ...], *, kind: Label = "quantile"
+    ) -> pd.DataFrame:
+        """Columns time, lead (steps), variable (the table's column, without its unit), quantile (or sample), value,
+        unit (as in the table)."""
+        steps = answers[0][..., 0, 0]  # (labels, leads, variable)
+        future = self._future(steps.shape[1])
         if self._zone is not None:
             future = future.tz_localize("UTC").tz_convert(self._zone)
         parts = []
         for v, column in enumerate(self._columns):
-            values = column.write(quantiles[:, :, v]).T  # (leads, levels)
+            values = column.write(steps[:, :, v]).T  # (leads, labels)
             parts.append(
                 pd.DataFrame(
                     {
-                        "time": future.repeat(len(levels)),
-                        "lead": np.repeat(np.arange(1, len(future) + 1), len(levels)),
+                        "time": future.repeat(len(labels)),
+                        "lead": np.repeat(np.arange(1, len(future) + 1), len(labels)),
                         "variable": split_header(column.name)[0],
-                        "quantile": np.tile(levels, len(future)),
+                        kind: np.tile(labels, len(future)),
                         "value": values.reshape(-1),
                         "unit": column.unit,
                     }

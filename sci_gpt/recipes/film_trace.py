@@ -13,11 +13,12 @@ from sci_gpt.data.calendars import posix_clock
 from sci_gpt.data.source import SourceSettings
 from sci_gpt.data.source_trace import COMPONENTS, stream_samples
 from sci_gpt.errors import ConfigError, DataError
-from sci_gpt.recipes.film import Film, Notes, extend_values
+from sci_gpt.recipes.film import Film, Label, Notes, extend_values
 from sci_tokenizers.sample import Modality, Sample
 
 # What the reader of records and this film share; a model carries its own source's settings of these.
 _OPTIONS = ("quantity", "unit", "target_hz", "high_pass_hz")
+_MOST_SAMPLES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class TraceFilm(Film):
     Each record is filtered causally and decimated to the working rate (10 Hz where the record's rate is a multiple of
     it), exactly as in training; what lies before a gap is not used. The horizon counts samples at that rate, and the
     forecast is of the filtered record, in the record's own counts. The location code of a forecast trace is its
-    quantile in per cent (`10`, `50`, `90`), because miniSEED has no other place for it.
+    quantile in per cent (`10`, `50`, `90`) or the number of its sample (`00`, `01`, ..), because miniSEED has no other
+    place for it.
     """
 
     modality: ClassVar[Modality] = "trace"
@@ -64,12 +66,11 @@ class TraceFilm(Film):
         times = posix_clock(context.time[-1] + context.step_seconds * np.arange(1, num_times + 1))
         return extend_values(context, time=times.time, year_phase=times.year_phase, day_phase=times.day_phase)
 
-    def answer(self, answers: Sequence[np.ndarray], levels: tuple[float, ...]) -> obspy.Stream:
+    def answer(
+        self, answers: Sequence[np.ndarray], labels: tuple[float, ...], *, kind: Label = "quantile"
+    ) -> obspy.Stream:
         """float32 traces that begin one working step after the record's end."""
-        codes = [f"{round(100 * level):02d}" for level in levels]
-        for level, code in zip(levels, codes, strict=True):
-            if abs(level - int(code) / 100) > 1e-9:
-                raise ConfigError(f"quantile {level} has no two-digit location code; ask for whole per cents")
+        codes = _location_codes(labels, kind)
         stream = obspy.Stream()
         for receiver, context, steps in zip(self._receivers, self.contexts, answers, strict=True):
             for component, channel in receiver.channels.items():
@@ -84,6 +85,26 @@ class TraceFilm(Film):
                     }
                     stream.append(obspy.Trace(np.ascontiguousarray(values, np.float32), header=header))
         return stream
+
+
+def _location_codes(labels: tuple[float, ...], kind: Label) -> list[str]:
+    """Two digits a trace: quantiles in per cent, or numbers of samples.
+
+    Raises:
+        ConfigError: labels that two digits do not hold.
+    """
+    if kind == "sample":
+        if len(labels) > _MOST_SAMPLES:
+            raise ConfigError(
+                f"{len(labels)} samples of a Stream: a trace's location code holds their two-digit number, so ask for "
+                f"at most {_MOST_SAMPLES} at a time, with another seed for more"
+            )
+        return [f"{int(label):02d}" for label in labels]
+    codes = [f"{round(100 * label):02d}" for label in labels]
+    for level, code in zip(labels, codes, strict=True):
+        if abs(level - int(code) / 100) > 1e-9:
+            raise ConfigError(f"quantile {level} has no two-digit location code; ask for whole per cents")
+    return codes
 
 
 def _receivers(data: obspy.Stream) -> dict[tuple[str, ...], list[Any]]:

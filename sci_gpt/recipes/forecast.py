@@ -25,9 +25,12 @@ from sci_gpt.recipes.load import LoadedModel, check_levels, load_model
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """How a file is read and what is asked: quantile levels, and what the file does not say of itself."""
+    """How a file is read and what is asked: quantile levels or samples and their seed, and what the file does not say
+    of itself."""
 
     levels: tuple[float, ...] = (0.1, 0.5, 0.9)
+    num_samples: int | None = None
+    seed: int | None = None
     notes: Notes = Notes()
 
     @classmethod
@@ -105,7 +108,8 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         "output": str(out),
         "kind": kind.name,
         "horizon": horizon,
-        "quantiles": list(options.levels),
+        "quantiles": list(options.levels) if options.num_samples is None else None,
+        "num_samples": options.num_samples,
         "model": model_uri,
         "model_step": model.step,
         "model_fingerprint": model.fingerprint,
@@ -123,7 +127,14 @@ def forecast_payload(
     """
     data = _understood(kind, payload, where=where)
     try:
-        answer = model.forecast(data, horizon, quantiles=options.levels, notes=options.notes)
+        answer = model.forecast(
+            data,
+            horizon,
+            quantiles=options.levels,
+            num_samples=options.num_samples,
+            seed=options.seed,
+            notes=options.notes,
+        )
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return kind.write(answer)

@@ -20,23 +20,22 @@ from safetensors.torch import load_file
 
 from sci_gpt.config import MixtureEntry, PretrainConfig, TrackingConfig
 from sci_gpt.config_file import parse_config
-from sci_gpt.errors import CheckpointError, ConfigError, DataError, UnlikeTrainingWarning
+from sci_gpt.errors import CheckpointError, ConfigError, UnlikeTrainingWarning
 from sci_gpt.model.heads import GaussianHead, MixtureHead
 from sci_gpt.model.init import initialize
 from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.widen import with_levels
 from sci_gpt.recipes import parts
+from sci_gpt.recipes.asked import Sampling, ask
 from sci_gpt.recipes.film import Film, Notes
-from sci_gpt.recipes.film_grid import tiles
 from sci_gpt.recipes.films import film_kind
 from sci_gpt.recipes.rows import in_this_table
 from sci_gpt.train.checkpoint import latest, read_state, read_weights
 from sci_gpt.train.resume import with_old_model
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics, statistics_from_json
-from sci_tokenizers.table import make_tokenizer
-from sci_tokenizers.variables import VARIABLES, nearest
+from sci_tokenizers.variables import nearest
 
 # Before anything imports MLflow: no usage reports to anybody, no progress bars for a copy of five megabytes.
 for _name, _value in (
@@ -122,31 +121,31 @@ class LoadedModel:
     ) -> Any:
         """Forecast the steps that follow `data`; the same kind of object comes back.
 
-        Every step from 1 to `horizon` is forecast directly from the data (no step is fed back), so the horizon is
-        limited to the largest lead of the nearest source in training. Quantiles are marginal: per value and lead.
+        Without `num_samples` every step from 1 to `horizon` is forecast directly from the data (no step is fed back),
+        so the horizon is limited to the largest lead of the nearest source in training, and quantiles are marginal: per
+        value and lead. Samples are trajectories: coherent in space, across the variables of a table and in time,
+        frame by frame, each fed back; the horizon is limited by the length of the training's documents. Each variable
+        of a Dataset and each seismometer of a Stream is drawn by itself.
 
         Args:
             data: xarray Dataset or DataArray with time, latitude, longitude; pandas DataFrame with a DatetimeIndex and
                 columns named `variable` or `variable [unit]` (or named in `notes`); obspy Stream.
             horizon: steps ahead, of the data's own step; for a Stream samples at the working rate (see TraceFilm).
-            quantiles: levels within 0..1, ascending.
-            num_samples: refused: trajectories need a noise-conditioned trunk, which this model has not.
-            seed: of the samples, so refused with them.
+            quantiles: levels within 0..1, ascending; not used with `num_samples`.
+            num_samples: trajectories, of a model that was trained with noise (`model.noise`).
+            seed: of the samples: the same seed gives the same; None: 0.
             notes: what the data do not say of themselves.
 
         Returns:
-            xarray with dimensions lead_time and quantile; a long DataFrame; or a Stream with a trace per quantile.
+            xarray with dimensions lead_time and quantile; a long DataFrame; or a Stream with a trace per quantile. With
+            `num_samples` the same with `sample`, numbers from 0 on, for quantile.
 
         Raises:
-            ConfigError: a horizon, level or source that the model cannot serve, or `num_samples`.
+            ConfigError: a horizon, level or source that the model cannot serve, or samples of a model without noise.
             DataError: data too short, without valid values, or not understood.
             CheckpointError: a model that has diverged.
         """
-        if num_samples is not None or seed is not None:
-            raise ConfigError(
-                f"num_samples={num_samples}, seed={seed}: this model gives marginal quantiles, no trajectories; "
-                "leave both out and ask for quantiles"
-            )
+        sampling = Sampling.of(num_samples, seed, noise_width=self.model.settings.noise.width)
         levels = check_levels(quantiles)
         if horizon < 1:
             raise ConfigError(f"horizon is at least 1 step, got {horizon}")
@@ -158,7 +157,12 @@ class LoadedModel:
             )
         kind = film_kind(data)
         film = kind(data, notes=notes, options=self.reader_options(kind.modality, notes.source))
-        answers = [self._answer(film, index, horizon=horizon, levels=levels) for index in range(len(film.contexts))]
+        answers = [
+            self._answer(film, index, horizon=horizon, levels=levels, sampling=sampling)
+            for index in range(len(film.contexts))
+        ]
+        if sampling is not None:
+            return film.answer(answers, tuple(range(sampling.num_samples)), kind="sample")
         return film.answer(answers, levels)
 
     def entry(self, sample: Sample) -> MixtureEntry:
@@ -211,62 +215,35 @@ class LoadedModel:
                     "out for data that are not of it"
                 )
 
-    def _answer(self, film: Film, index: int, *, horizon: int, levels: tuple[float, ...]) -> Any:
-        """Quantiles (levels, horizon, variable, row, column) for one context; grids go tile by tile, as in training."""
+    def _answer(
+        self, film: Film, index: int, *, horizon: int, levels: tuple[float, ...], sampling: Sampling | None
+    ) -> np.ndarray:
+        """(levels or samples, horizon, variable, row, column) for one context; grids go tile by tile, as in
+        training."""
         sample = film.contexts[index]
         entry = self.entry(sample)
         self._refuse_foreign(sample)
-        frame_times = make_tokenizer(sample.modality, parts.tokenizer_settings(self.config)).frame_times
-        limit = max(entry.leads) * frame_times
-        if horizon > limit:
-            raise ConfigError(
-                f"horizon {horizon} is beyond {limit} steps of {sample.step_seconds:g} s, the largest lead trained for "
-                f"{entry.source!r} (the nearest source); ask for at most {limit}"
+        asked = ask(
+            film,
+            index,
+            entry=entry,
+            tile=self.sources[entry.source].shape[1:],
+            frame_times=self.predictor.tokenizers[sample.modality].frame_times,
+            horizon=horizon,
+            trajectories=sampling is not None,
+        )
+        if sampling is not None:
+            arrays = self.predictor.trajectories(
+                asked.windows,
+                num_context=asked.num_context,
+                num_frames=asked.num_leads,
+                num_samples=sampling.num_samples,
+                seed=sampling.seed,
             )
-        low = entry.context_frames[0]
-        longest = entry.frames - max(entry.leads)  # as evaluated: documents of the trained length
-        num_context = min(longest, sample.num_times // frame_times)
-        if num_context < low:
-            raise DataError(
-                f"{sample.key}: {sample.num_times} time steps are shorter than the context of {low * frame_times} that "
-                f"the model needs (as trained on {entry.source!r}); give a longer record"
-            )
-        context = sample.window(sample.num_times - num_context * frame_times, sample.num_times)
-        if not context.valid.any():
-            raise DataError(
-                f"{sample.key}: none of the last {context.num_times} time steps holds a valid value; give a "
-                "record that has values there"
-            )
-        num_leads = -(-horizon // frame_times)
-        window = film.extend(context, num_leads * frame_times)
-        leads = tuple(range(1, num_leads + 1))
-        boxes = tiles(*sample.values.shape[2:], tile=self.sources[entry.source].shape[1:])
-        windows = [_crop(window, box) for box in boxes]
-        arrays = self.predictor.quantiles(windows, num_context=num_context, leads=leads, levels=levels)
-        steps = np.empty((len(levels), num_leads * frame_times, *sample.values.shape[1:]), np.float32)
-        for (rows, columns), array in zip(boxes, arrays, strict=True):  # (levels, leads, frame_times, V, rows, columns)
-            steps[..., rows, columns] = array.reshape(len(levels), -1, *array.shape[3:])
-        if not np.isfinite(steps).all():
-            raise CheckpointError(
-                f"{sample.key}: the model gives numbers that are not finite; its training has diverged"
-            )
-        for v, name in enumerate(sample.variables):  # no negative wind speed, whatever the tail of a distribution
-            steps[:, :, v] = np.clip(steps[:, :, v], VARIABLES[name].minimum, VARIABLES[name].maximum)
-        seen = context.valid.any(axis=0)  # a sensor that is silent, or land under a sea surface, has no forecast
-        return np.where(seen, steps, np.nan)[:, :horizon]
-
-
-def _crop(sample: Sample, box: tuple[slice, slice]) -> Sample:
-    """A tile of a grid (the whole of anything that is one tile)."""
-    rows, columns = box
-    return replace(
-        sample,
-        values=sample.values[:, :, rows, columns],
-        valid=sample.valid[:, :, rows, columns],
-        latitude=sample.latitude[box],
-        longitude=sample.longitude[box],
-        elevation=sample.elevation[box],
-    )
+        else:
+            leads = tuple(range(1, asked.num_leads + 1))
+            arrays = self.predictor.quantiles(asked.windows, num_context=asked.num_context, leads=leads, levels=levels)
+        return asked.joined(arrays, horizon)
 
 
 def load_model(uri: str | Path, *, tracking_uri: str | None = None) -> LoadedModel:

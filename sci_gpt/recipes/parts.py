@@ -12,6 +12,7 @@ from sci_gpt.data.loader import Corpus, packing_report
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import WindowSpec
 from sci_gpt.errors import ConfigError
+from sci_gpt.model.inputs import NoiseSettings
 from sci_gpt.model.shapes import SHAPES, ModelShape
 from sci_gpt.model.transformer import ModelSettings
 from sci_gpt.parallel.engine import AdamWSettings
@@ -94,6 +95,7 @@ def model_settings(config: PretrainConfig) -> ModelSettings:
         radius=attention.radius,
         global_every=attention.global_every,
         base_width=model.base_width if model.width_rule == "mup" else None,
+        noise=NoiseSettings(**model.noise.model_dump()),
     )
 
 
@@ -156,10 +158,12 @@ def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
 
 def _unchanged(model: ModelConfig) -> set[str]:
     """Keys that compute what was computed before they were there: older checkpoints do not have them."""
-    later = {"attention", "width_rule", "base_width"}
+    later = {"attention", "width_rule", "base_width", "noise"}
     if model.width_rule == "mup":
         later -= {"width_rule", "base_width"}
-    return later if model.attention.radius is None else later - {"attention"}
+    if model.attention.radius is not None:
+        later -= {"attention"}
+    return later - {"noise"} if model.noise.width else later
 
 
 def loss_factor(config: PretrainConfig) -> dict[str, float]:

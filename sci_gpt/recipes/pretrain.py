@@ -49,7 +49,6 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         ConfigError, DataError, CheckpointError: see the parts. Until all checks have passed, nothing is written.
     """
     store = Store.open(config.data, parts.patience(config))
-    tokenizer = parts.tokenizer_settings(config)
     plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
     identity = parts.identity(config, store)
     start = where_to_go_on(config.output, identity)
@@ -80,7 +79,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             Parts(
                 engine=engine,
                 feed=feed,
-                objective=NextFrame(settings=tokenizer, device=world.device),
+                objective=_objective(config, world),
                 journal=journal,
                 save=_saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker),
                 validate=validation,
@@ -104,6 +103,11 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             tracker.close("KILLED" if outcome.stopped else "FINISHED")
     world.stop()
     return outcome
+
+
+def _objective(config: PretrainConfig, world: World) -> NextFrame:
+    settings = parts.model_settings(config)
+    return NextFrame(settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed)
 
 
 def _refuse_long_windows(curriculum: Curriculum) -> None:

@@ -9,10 +9,10 @@ from torch import nn
 from sci_gpt.config import PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
-from sci_gpt.model.inputs import to_inputs
+from sci_gpt.model.noise import ENSEMBLE, noisy_inputs
 from sci_gpt.model.skill import batch_scores, skill_lines
 from sci_gpt.parallel.world import World
-from sci_gpt.recipes.parts import tokenizer_settings, window_specs
+from sci_gpt.recipes.parts import model_settings, tokenizer_settings, window_specs
 from sci_tokenizers.packing import Batch, collate
 from sci_tokenizers.table import make_tokenizer
 
@@ -30,7 +30,7 @@ class Validation:
 
     def __init__(self, config: PretrainConfig, store: Store, *, world: World) -> None:
         self.config, self.store, self.world = config, store, world
-        self.settings = tokenizer_settings(config)
+        self.settings, self.noise = tokenizer_settings(config), model_settings(config).noise
         specs = window_specs(config)
         self.absent = tuple(spec.source for spec in specs if not store.num_stretches(spec.source, "valid"))
         if self.absent and world.rank == 0:  # so that nobody reads their modality's skill as theirs
@@ -45,7 +45,10 @@ class Validation:
             # Every rank runs every batch only where ZeRO 3 makes a forward pass a collective.
             mine = number % self.world.size == self.world.rank
             if mine or self.config.parallel.zero_stage == 3:
-                scores = batch_scores(model, to_inputs(batch, self.world.device), settings=self.settings)  # type: ignore[arg-type]
+                inputs = noisy_inputs(
+                    batch, self.world.device, noise=self.noise, seed=self.config.seed, members=ENSEMBLE
+                )
+                scores = batch_scores(model, inputs, settings=self.settings)  # type: ignore[arg-type]
                 for modality, score in scores.items():
                     if mine:
                         sums[modality] = sums.get(modality, torch.zeros_like(score)) + score

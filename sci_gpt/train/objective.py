@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sci_gpt.model.heads import Prediction
-from sci_gpt.model.inputs import ModelInputs, to_inputs
+from sci_gpt.model.inputs import ModelInputs, NoiseSettings
 from sci_gpt.model.loss import valid_weights, weighted_sums
+from sci_gpt.model.noise import noisy_inputs
 from sci_tokenizers.packing import Batch
 from sci_tokenizers.tokenizer import TokenizerSettings
 
@@ -21,10 +22,12 @@ class NextFrame:
 
     settings: TokenizerSettings
     device: torch.device
+    noise: NoiseSettings = NoiseSettings()
+    seed: int = 0
 
     def inputs(self, batch: Batch) -> ModelInputs:
-        """A batch on the device."""
-        return to_inputs(batch, self.device)
+        """A batch on the device, with the noise of its samples where the model takes any."""
+        return noisy_inputs(batch, self.device, noise=self.noise, seed=self.seed)
 
     def weights(self, inputs: ModelInputs) -> dict[str, float]:
         """Valid weight per modality."""
@@ -36,4 +39,5 @@ class NextFrame:
 
 
 def _in_fp32(prediction: Any) -> Any:
-    return replace(prediction, **{name: value.float() for name, value in vars(prediction).items() if value is not None})
+    numbers = {name: value.float() for name, value in vars(prediction).items() if isinstance(value, Tensor)}
+    return replace(prediction, **numbers)

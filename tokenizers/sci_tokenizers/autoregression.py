@@ -9,10 +9,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 # The weight of an order in the average is its past errors to this power, negative. On the training and validation
 # records of the quickstart 8 beats AR(32) on every one of them, equal weights on all but two.
-_SHARPNESS = 8.0
+SHARPNESS = 8.0
 # Recent stretches, in steps of the record, whose errors tell whether the record is calmer or wilder now than before.
 HORIZONS = (4, 16, 64)
-_SPREAD_FLOOR = 1e-9
+SPREAD_FLOOR = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def own_forecast(
         fitted = burg(series[:, :past], usable(orders, past))
         members = _members(series, known, fitted=fitted, past=past, origins=origins[asking], steps=steps)
         errors = np.log(members.spread)
-        weight = np.exp(-_SHARPNESS * (errors - errors.min(axis=0)))
+        weight = np.exp(-SHARPNESS * (errors - errors.min(axis=0)))
         weight /= weight.sum(axis=0)
         mean[:, asking] = (weight * members.mean).sum(axis=0)
         spread[:, asking] = np.exp((weight * errors).sum(axis=0))
@@ -104,7 +104,7 @@ def _members(
     volatility = recent_errors(squares, np.tile(known[:, :end], (len(orders), 1)), origins=origins)
     return OwnForecast(
         mean=newest(series, origins, order=orders[-1]) @ weights[:, :, steps - 1].swapaxes(2, 3),
-        spread=np.repeat(np.maximum(spread, _SPREAD_FLOOR)[:, :, None, steps - 1], len(origins), axis=2),
+        spread=np.repeat(np.maximum(spread, SPREAD_FLOOR)[:, :, None, steps - 1], len(origins), axis=2),
         volatility=volatility.reshape(*padded.shape[:2], *volatility.shape[1:]),
     )
 
@@ -122,8 +122,13 @@ def recent_errors(squares: np.ndarray, known: np.ndarray, *, origins: np.ndarray
     """
     total = np.concatenate([np.zeros((len(squares), 1)), np.where(known, squares, 0.0).cumsum(axis=1)], axis=1)
     count = np.concatenate([np.zeros((len(squares), 1)), known.cumsum(axis=1)], axis=1)
+    return recent_of_sums(total, count, origins=origins)
+
+
+def recent_of_sums(total: np.ndarray, count: np.ndarray, *, origins: np.ndarray) -> np.ndarray:
+    """`recent_errors` from running sums of squares and of what is known, (B, time + 1), 0 first."""
     whole = total[:, origins + 1] / np.maximum(count[:, origins + 1], 1)
-    out = np.zeros((len(squares), len(origins), len(HORIZONS)))
+    out = np.zeros((len(total), len(origins), len(HORIZONS)))
     for h, horizon in enumerate(HORIZONS):
         start = np.maximum(origins + 1 - horizon, 0)
         seen = count[:, origins + 1] - count[:, start]

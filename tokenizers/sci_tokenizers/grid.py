@@ -146,6 +146,10 @@ class GridTokenizer(Tokenizer):
         columns, rest = divmod(sample.values.shape[3], self.settings.grid_patch)
         return columns if not rest and goes_around(sample.latitude, sample.longitude) else 0
 
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.arrange`; the padding of ragged edges is 0."""
+        return self._patches(values[:, 0])
+
     def _patch_grid(self, size: tuple[int, ...]) -> tuple[int, int]:
         patch = self.settings.grid_patch
         return -(-size[0] // patch), -(-size[1] // patch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _MEMORY_LAGS = (1, 2, 3)
@@ -60,6 +62,70 @@ def memories(
     moved = last + relatives - np.take_along_axis(relatives, newest, axis=0)
     stacked = np.concatenate([np.stack([*parts, moved], axis=-1), means, at_home[..., None]], axis=-1)
     return (stacked - last[..., None]).astype(np.float32)
+
+
+def kin_weights(variables: Sequence[object]) -> np.ndarray:
+    """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0
+    without any.
+    """
+    same = np.array([[a == b for b in variables] for a in variables], np.float64) - np.eye(len(variables))
+    return same / np.maximum(same.sum(axis=1, keepdims=True), 1.0)
+
+
+class GrowingMemory:
+    """`last_valid` and `memories` of a document that grows frame by frame, for B ways in which it goes on.
+
+    Args:
+        payload, valid, last: (C, S, V, K) of the frames so far, the same for all B.
+        home, kin: as for `memories`.
+        batch: B.
+    """
+
+    def __init__(
+        self,
+        payload: np.ndarray,
+        valid: np.ndarray,
+        *,
+        last: np.ndarray,
+        home: np.ndarray,
+        kin: np.ndarray,
+        batch: int,
+    ) -> None:
+        self._kin, self._home = kin, home
+        self._alone = kin.sum(axis=1) == 0
+        self._keep = 0.5 ** (1.0 / np.array(_MEMORY_HALF_LIVES))
+        self._total, self._weight = (np.zeros((batch, *payload.shape[1:], len(self._keep))) for _ in range(2))
+        shape = (batch, *last.shape[1:])
+        self._last: list[np.ndarray] = []
+        self._relatives: list[np.ndarray] = []
+        self._moved_from = np.zeros(shape)
+        for frame in range(len(payload)):
+            parts = (np.broadcast_to(part[frame], shape) for part in (payload, valid, last))
+            self._follow(*parts)
+
+    def _follow(self, payload: np.ndarray, valid: np.ndarray, last: np.ndarray) -> None:
+        relatives = np.einsum("st,btvk->bsvk", self._kin, last)
+        relatives[:, self._alone] = last[:, self._alone]
+        first = not self._last
+        self._moved_from = np.where(valid | first, relatives, self._moved_from)
+        self._last = [last, *(self._last or [last] * 3)][:4]
+        self._relatives = [relatives, *(self._relatives or [relatives] * 3)][:4]
+        self._total = self._keep * self._total + (payload * valid)[..., None]
+        self._weight = self._keep * self._weight + valid[..., None]
+
+    def extend(self, payload: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One more frame, (B, S, V, K): its last values and memories, (B, S, V, K) and (B, S, V, K, J)."""
+        last = np.where(valid, payload, self._last[0]).astype(np.float32)
+        self._follow(payload, valid, last)
+        kin = [self._relatives[lag].copy() for lag in _KIN_LAGS]
+        for part in kin:
+            part[:, self._alone] = last[:, self._alone]
+        moved = last + self._relatives[0] - self._moved_from
+        means = (self._total / np.maximum(self._weight, 1e-9)).astype(np.float32)
+        home = np.broadcast_to(self._home, last.shape)
+        near = np.stack([*(self._last[lag] for lag in _MEMORY_LAGS), *kin, moved], axis=-1)
+        stacked = np.concatenate([near, means, home[..., None]], axis=-1)
+        return last, (stacked - last[..., None]).astype(np.float32)
 
 
 def _ago(values: np.ndarray, lag: int) -> np.ndarray:

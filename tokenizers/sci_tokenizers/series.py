@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from sci_tokenizers.autoregression import HORIZONS, own_forecast
-from sci_tokenizers.memory import last_valid, memories
+from sci_tokenizers.memory import kin_weights, last_valid, memories
+from sci_tokenizers.ongoing import OwnSettings
 from sci_tokenizers.prior import Past
 from sci_tokenizers.quantizer import ChronosQuantizer, mean_scale
 from sci_tokenizers.sample import Sample
@@ -63,7 +64,7 @@ class SeriesTokenizer(Tokenizer):
         payload = np.where(valid, self.quantizer.bins.centres(ids), 0.0).astype(np.float32)[:, :, None, None]
         last = last_valid(payload, valid[:, :, None, None])
         memory = memories(
-            payload, valid[:, :, None, None], last=last, home=home[:, None, None], kin=_kin(sample.variables)
+            payload, valid[:, :, None, None], last=last, home=home[:, None, None], kin=kin_weights(sample.variables)
         )
         priors = known_priors(statistics, sample.channels, leads=leads)
         if priors is None:
@@ -117,6 +118,24 @@ class SeriesTokenizer(Tokenizer):
         self._check(sample, num_context)
         values, _, scale, _ = _normalisation(sample, num_context=num_context, statistics=statistics)
         return values, scale
+
+    def own_settings(self) -> OwnSettings:
+        """See `Tokenizer.own_settings`."""
+        return OwnSettings(orders=_ORDERS, refit=_REFIT, steps=1, floor=_SPREAD_FLOOR)
+
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.arrange`."""
+        return values[:, 0, :, :, 0][..., None]  # b v 1 1
+
+    def snapped(self, payload: np.ndarray) -> np.ndarray:
+        """The centre of each value's bin."""
+        return np.asarray(
+            self.quantizer.bins.centres(self.quantizer.bins.ids(payload, np.ones(payload.shape, bool))), np.float32
+        )
+
+    def ids_of(self, payload: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.ids_of`."""
+        return self.quantizer.bins.ids(payload[..., 0, 0], valid[..., 0, 0])
 
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled values (..., F, S, 1, 1) to physical (..., time, variable, 1, 1)."""
@@ -172,14 +191,6 @@ def _pile(payload: np.ndarray, valid: np.ndarray, *, variables: tuple[str, ...])
             if counts.max() >= _PILE_SHARE * counts.sum():
                 out[s] = values[counts.argmax()]
     return out
-
-
-def _kin(variables: tuple[str, ...]) -> np.ndarray:
-    """(S, S) weights: the mean over a slot's kin, the other slots of the same variable (other levels); rows of 0
-    without any.
-    """
-    same = np.array([[a == b for b in variables] for a in variables], np.float64) - np.eye(len(variables))
-    return same / np.maximum(same.sum(axis=1, keepdims=True), 1.0)
 
 
 def _own_forecast(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from sci_tokenizers.ongoing import OwnSettings
 from sci_tokenizers.sample import Modality, Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokens import FRAME_FEATURES, Tokens
@@ -108,6 +109,26 @@ class Tokenizer(ABC):
         """Scaled payloads (..., F, S, V, K) of a document's frames to physical values (..., time, variable, row,
         column).
         """
+
+    @abstractmethod
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """Values of one frame as a sample has them, (B, frame_times, V, Y, X), as tokens have them, (B, S, V, K)."""
+
+    def snapped(self, payload: np.ndarray) -> np.ndarray:
+        """Scaled values as an observation of them would be held, (.., S, V, K): the same where nothing is quantized."""
+        return payload
+
+    def ids_of(self, payload: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
+        """Ids (.., S) of snapped values (.., S, V, K); None where nothing is quantized."""
+        return None
+
+    def own_settings(self) -> OwnSettings:
+        """How a record is forecast from its own past where no prior is known.
+
+        Raises:
+            TokenizerError: a modality that does not.
+        """
+        raise TokenizerError(f"the {self.modality} tokenizer forecasts no record from its own past")
 
     def report(
         self, sample: Sample, *, num_context: int, statistics: Mapping[str, ChannelStatistics] | None

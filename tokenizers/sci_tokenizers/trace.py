@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from sci_tokenizers.autoregression import HORIZONS, own_forecast
+from sci_tokenizers.ongoing import OwnSettings
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokenizer import Tokenizer, frame_features, log_scales, variable_rows
@@ -100,6 +101,14 @@ class TraceTokenizer(Tokenizer):
             num_context=num_context,
             leads=leads,
         )
+
+    def own_settings(self) -> OwnSettings:
+        """See `Tokenizer.own_settings`."""
+        return OwnSettings(orders=_ORDERS, refit=_REFIT, steps=self.frame_times, floor=_SPREAD_FLOOR)
+
+    def arrange(self, values: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.arrange`."""
+        return values[..., 0].transpose(0, 3, 2, 1)  # b r c n
 
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled samples (..., F, receivers, components, n) to physical (..., time, component, receiver, 1)."""
