@@ -217,9 +217,9 @@ def test_bad_input() -> None:
         ours.encode_labels(rows, scale[:1])
     with pytest.raises(QuantizerError, match=r"scale: .* of shape \(2, 1\)"):
         ours.decode(np.zeros((2, 3), int), scale[:, None])
-    with pytest.raises(QuantizerError, match="ids are 0 to 63, got 64 and 1 more out of range"):
+    with pytest.raises(QuantizerError, match="ids are 0 to 63, got 64 .and 1 more near it"):
         ours.decode(np.array([[3, 64], [63, 99]]), scale)
-    with pytest.raises(QuantizerError, match="got -1 and 0 more"):
+    with pytest.raises(QuantizerError, match="got -1 .and 0 more"):
         ours.decode(np.array([[3, -1], [63, 0]], np.int32), scale)
     with pytest.raises(QuantizerError, match="ids are integers .* got float32"):
         ours.decode(rows, scale)
