@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numpy as np
@@ -197,11 +198,17 @@ def test_what_comes_out() -> None:
     assert ours.decode(ids.astype(np.uint16), scale).dtype == np.float32
 
 
-def test_sums_in_torchs_order() -> None:
+def test_a_scale_is_the_packages_to_the_last_digit() -> None:
+    """On x86, whose order of adding `row_sums` follows; two thirds of the rows differ in any other order."""
     rng = np.random.default_rng(2)
+    same = []
     for length in (5, 40, 777, 9000):
-        values = rng.random((50, length), np.float32)
-        assert ulps(row_sums(values), torch.nansum(torch.from_numpy(values), dim=-1).numpy()).max() <= 2
+        values = rng.random((200, length), np.float32)
+        theirs = torch.nansum(torch.from_numpy(values), dim=-1).numpy()
+        assert ulps(row_sums(values), theirs).max() <= 2
+        same.append((row_sums(values) == theirs).mean())
+    if platform.machine() == "x86_64":
+        assert same == [1.0] * 4
 
 
 def test_bad_input() -> None:
