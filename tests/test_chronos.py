@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numpy as np
@@ -197,11 +198,17 @@ def test_what_comes_out() -> None:
     assert ours.decode(ids.astype(np.uint16), scale).dtype == np.float32
 
 
-def test_sums_in_torchs_order() -> None:
+def test_a_scale_is_the_packages_to_the_last_digit() -> None:
+    """On x86, whose order of adding `row_sums` follows; two thirds of the rows differ in any other order."""
     rng = np.random.default_rng(2)
+    same = []
     for length in (5, 40, 777, 9000):
-        values = rng.random((50, length), np.float32)
-        assert ulps(row_sums(values), torch.nansum(torch.from_numpy(values), dim=-1).numpy()).max() <= 2
+        values = rng.random((200, length), np.float32)
+        theirs = torch.nansum(torch.from_numpy(values), dim=-1).numpy()
+        assert ulps(row_sums(values), theirs).max() <= 2
+        same.append((row_sums(values) == theirs).mean())
+    if platform.machine() == "x86_64":
+        assert same == [1.0] * 4
 
 
 def test_bad_input() -> None:
@@ -217,9 +224,9 @@ def test_bad_input() -> None:
         ours.encode_labels(rows, scale[:1])
     with pytest.raises(QuantizerError, match=r"scale: .* of shape \(2, 1\)"):
         ours.decode(np.zeros((2, 3), int), scale[:, None])
-    with pytest.raises(QuantizerError, match="ids are 0 to 63, got 64 and 1 more out of range"):
+    with pytest.raises(QuantizerError, match="ids are 0 to 63, got 64 .and 1 more near it"):
         ours.decode(np.array([[3, 64], [63, 99]]), scale)
-    with pytest.raises(QuantizerError, match="got -1 and 0 more"):
+    with pytest.raises(QuantizerError, match="got -1 .and 0 more"):
         ours.decode(np.array([[3, -1], [63, 0]], np.int32), scale)
     with pytest.raises(QuantizerError, match="ids are integers .* got float32"):
         ours.decode(rows, scale)

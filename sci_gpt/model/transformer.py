@@ -132,8 +132,8 @@ class SciGPT(nn.Module):
         wide, radius = Reach.of(laid), self.settings.radius
         if cache is not None and radius is not None:
             raise ValueError(
-                f"a key-value cache lets every layer see all patches, this model's see a radius of {radius}: draw samples "
-                "with a model whose attention.radius is null"
+                f"a key-value cache lets every layer see all patches, this model's see a radius of {radius}: draw "
+                "samples with a model whose attention.radius is null"
             )
         near = wide if radius is None else Reach.of(laid, radius=radius)
         asked, pieces = (laid.last_frames, _PIECES) if last_frames else (None, 1)

@@ -7,13 +7,22 @@ import numpy as np
 PAD, EOS = 0, 1
 _NUM_SPECIAL = 2
 _BEYOND = np.float32(1e20)  # Chronos' outermost boundaries: what lies below has the last of the special ids
-_BLOCK = 65536  # values at a time: they and their scratch stay in a core's cache
+_BLOCK = 32768  # values at a time: they and their scratch stay in a core's cache
 _LANES, _UNROLLED, _LEVELS = 8, 4, 4  # how torch sums a row of float32 (see `row_sums`)
 _MOST_IDS, _LIMITS = 2**18, (1e-30, 1e19)
 
 
 class QuantizerError(ValueError):
     """Values, ids or scales that a quantizer cannot take; the message says what was expected and what came."""
+
+
+class _Room:
+    """Scratch for a block of values of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.scaled, self.place = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self.guess, self.index = np.empty(shape, np.int32), np.empty(shape, np.intp)
+        self.above = np.empty(shape, bool)
 
 
 class Quantizer:
@@ -54,26 +63,37 @@ class Quantizer:
         """Ids int32 of scaled values (counted as float32); PAD where not valid."""
         with np.errstate(over="ignore"):
             values = np.asarray(scaled).astype(np.float32)
-        return np.where(valid, self._arithmetic(values), np.int32(PAD))
+        found = np.empty(values.shape, np.int32)
+        self._arithmetic(values, _Room(values.shape), out=found)
+        return np.where(valid, found, np.int32(PAD))
 
-    def _arithmetic(self, scaled: np.ndarray) -> np.ndarray:
-        """Ids int32 of float32 values: where the bin must be by its width, then one look at its upper boundary.
+    def _arithmetic(self, scaled: np.ndarray, room: _Room, *, out: np.ndarray) -> None:
+        """Ids of float32 values into `out`: where the bin must be by its width, then one look at its upper boundary.
 
         NaN has some id: the caller sets another.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            place = scaled * self._per_unit
+            place = np.multiply(scaled, self._per_unit, out=room.place)
             place += self._first
             np.clip(place, np.float32(_NUM_SPECIAL), np.float32(self.num_ids - 1), out=place)
-            found: np.ndarray = place.astype(np.int32)
-            np.take(self._upper, found, mode="clip", out=place)
-            found += scaled >= place
-        return found
+            np.copyto(room.guess, place, casting="unsafe")
+            np.copyto(room.index, room.guess)
+            np.take(self._upper, room.index, mode="clip", out=place)
+            np.add(room.guess, np.greater_equal(scaled, place, out=room.above), out=out)
 
     def centres(self, ids: np.ndarray) -> np.ndarray:
         """The centre of each id's bin, float32; special ids give the first centre (mask them)."""
         centre: np.ndarray = np.take(self._centre, ids, mode="clip")
         return centre
+
+    def _refuse_unknown(self, ids: np.ndarray) -> None:
+        # As unsigned numbers negative ids are the largest: one pass finds both.
+        if ids.size and ids.view(f"u{ids.itemsize}").max() >= self.num_ids:
+            wrong = ids[(ids < 0) | (ids >= self.num_ids)]
+            raise QuantizerError(
+                f"ids are 0 to {self.num_ids - 1}, got {wrong[0]} (and {len(wrong) - 1} more near it); were they made "
+                "by a quantizer with more ids?"
+            )
 
     def clipped(self, scaled: np.ndarray) -> np.ndarray:
         """True where a scaled value lies beyond the outer centres by more than half a bin."""
@@ -164,45 +184,54 @@ class ChronosQuantizer:
                 f"ids are integers (batch, time) or (batch, sample, time), got {ids.dtype} of shape {ids.shape}"
             )
         scale = _scales(scale, ids.shape)
-        ids = np.ascontiguousarray(ids)
-        # As unsigned numbers negative ids are the largest: one pass finds both.
-        if ids.size and ids.view(f"u{ids.itemsize}").max() >= self.bins.num_ids:
-            wrong = ids[(ids < 0) | (ids >= self.bins.num_ids)]
-            raise QuantizerError(
-                f"ids are 0 to {self.bins.num_ids - 1}, got {wrong[0]} and {len(wrong) - 1} more out of range; were "
-                "they made by a quantizer with more ids?"
-            )
-        values = self.bins.centres(ids)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values *= scale.reshape(-1, *[1] * (ids.ndim - 1))
-        return values
+        flat = np.ascontiguousarray(ids).reshape(len(ids), -1)
+        values = np.empty(flat.shape, np.float32)
+        many = max(1, _BLOCK // max(flat.shape[1], 1))
+        for start in range(0, len(flat), many):
+            part = slice(start, start + many)
+            self.bins._refuse_unknown(flat[part])
+            np.take(self.bins._centre, flat[part], mode="clip", out=values[part])
+            with np.errstate(over="ignore", invalid="ignore"):
+                values[part] *= scale[part, None]
+        return values.reshape(ids.shape)
 
     def _encode(self, rows: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         batch, length = rows.shape
         ids = np.full((batch, length + self.use_eos), EOS, np.int32)
         mask = np.ones(ids.shape, bool)
-        scale = np.empty(batch, np.float32) if given is None else given
+        np.equal(rows, rows, out=mask[:, :length])  # False for NaN alone
+        missing = np.flatnonzero(~mask)
+        scale = self._scale(rows, missing, room=ids) if given is None else given
         many = max(1, _BLOCK // max(length, 1))
+        room = _Room((min(many, batch), length))
         for start in range(0, batch, many):
             part = slice(start, start + many)
-            values = np.ascontiguousarray(rows[part])
-            known = values == values  # not NaN
-            missing = np.flatnonzero(~known)
-            if given is None:
-                scale[part] = _mean_magnitude(values, missing)
-            ids[part, :length] = self._block(values, missing, scale=scale[part])
-            mask[part, :length] = known
+            room = room if start + many <= batch else _Room((batch - start, length))
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+                scaled = np.divide(rows[part], scale[part, None], out=room.scaled)
+            self.bins._arithmetic(scaled, room, out=ids[part, :length])
+            if not (np.isfinite(scale[part]) & (scale[part] != 0)).all():
+                # Infinity by infinity, 0 by 0: above all boundaries.
+                ids[part, :length][np.isnan(scaled)] = self.bins.num_ids - 1
+        ids.ravel()[missing] = PAD
+        if self.use_eos:
+            ids[:, -1] = EOS
         return ids, mask, scale
 
-    def _block(self, values: np.ndarray, missing: np.ndarray, *, scale: np.ndarray) -> np.ndarray:
-        """Ids of a contiguous block of rows."""
+    def _scale(self, rows: np.ndarray, missing: np.ndarray, *, room: np.ndarray) -> np.ndarray:
+        """Chronos' scale of each row, float32; `missing` are flat places of NaN in the shape of `room`.
+
+        `room`, whose memory the ids will have, holds |x| meanwhile: memory that is new is slower than any arithmetic.
+        """
+        batch, length = rows.shape
+        held = room.view(np.float32)
+        np.abs(rows, out=held[:, :length])
+        held.ravel()[missing] = 0.0
+        count = length - np.bincount(missing // max(room.shape[1], 1), minlength=batch)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-            scaled = values / scale[:, None]
-        ids = self.bins._arithmetic(scaled)
-        if not (np.isfinite(scale) & (scale != 0)).all():  # infinity by infinity, 0 by 0: above all boundaries
-            ids[np.isnan(scaled)] = self.bins.num_ids - 1
-        ids.ravel()[missing] = PAD
-        return ids
+            scale: np.ndarray = row_sums(held[:, :length]) / count.astype(np.float32)
+        scale[~(scale > 0)] = 1.0
+        return scale
 
 
 def mean_scale(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -260,18 +289,6 @@ def _cascade(body: np.ndarray) -> np.ndarray:
         for j in range(1, _LEVELS):
             level[0] += level[j]
     return level[0]
-
-
-def _mean_magnitude(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Chronos' scale of rows (row, time), float32; `missing` are flat places of NaN."""
-    rows, length = values.shape
-    magnitude = np.abs(values)
-    magnitude.ravel()[missing] = 0.0
-    count = length - np.bincount(missing // max(length, 1), minlength=rows)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        scale: np.ndarray = row_sums(magnitude) / count.astype(np.float32)
-    scale[~(scale > 0)] = 1.0
-    return scale
 
 
 def _evenly_spaced(limit: float, count: int) -> np.ndarray:
