@@ -19,6 +19,7 @@ from sci_evals.metrics import (
     crps_from_quantiles_values,
     crps_gaussian,
     crps_gaussian_values,
+    energy_score,
     mae,
     mase,
     midpoint_levels,
@@ -156,3 +157,23 @@ def test_mase_and_wql_as_gluonts_defines_them() -> None:
     # Level 0.9 of an error +1 costs 0.9, of -1 0.1.
     assert wql(np.array([[1.0, 5.0]]), np.array([2.0, 4.0]), [0.9]) == pytest.approx(2 * 1.0 / 6.0)
     assert wql(np.array([[1.0, 3.0]]), np.array([2.0, 4.0]), [0.9]) == pytest.approx(2 * 1.8 / 6.0)
+
+
+def test_energy_score_against_all_pairs_and_the_crps() -> None:
+    """Pair by pair with weights and a missing value; for one value it is the fair CRPS."""
+    random = np.random.default_rng(4)
+    members, truth = random.standard_normal((5, 3, 4)), random.standard_normal((3, 4))
+    weights = random.random((3, 4))
+    truth[1, 2] = np.nan
+    there = np.isfinite(truth)
+
+    def size(away: np.ndarray) -> float:
+        return float(np.sqrt((weights[there] * away[there] ** 2).sum() / weights[there].sum()))
+
+    pairs = sum(size(members[i] - members[j]) for i in range(5) for j in range(5))
+    expected = np.mean([size(one - truth) for one in members]) - pairs / (2 * 5 * 4)
+    assert energy_score(members, truth, weights=weights) == pytest.approx(expected, rel=1e-12)
+    one = members[:, :1, :1]
+    assert energy_score(one, truth[:1, :1]) == pytest.approx(crps_ensemble(one, truth[:1, :1]), rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2 members, got 1"):
+        energy_score(members[:1], truth)

@@ -136,6 +136,36 @@ def crps_ensemble(
     return weighted_mean(error - pairs / (2.0 * count * (count - 1 if fair else count)), weights)
 
 
+def energy_score(ensemble: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:
+    """Fair energy score of an ensemble of whole fields: mean|x - y| - sum|xi - xj| / (2 M (M - 1)), with the norm
+    sqrt(mean of the weighted squares) over all values (Gneiting & Raftery 2007, eq. 22).
+
+    It judges the joint distribution: members whose cells do not belong together score worse than the same values put
+    together rightly. In the unit of the values.
+
+    Args:
+        ensemble: (member, ..).
+        truth: (..); values that are missing there, or in a member, count in no norm.
+        weights: broadcast to `truth`.
+
+    Raises:
+        ValueError: fewer than 2 members.
+    """
+    members, observed = np.asarray(ensemble, np.float64), np.asarray(truth, np.float64)
+    count = len(members)
+    if count < 2:
+        raise ValueError(f"an energy score needs at least 2 members, got {count}")
+    weight = np.broadcast_to(1.0 if weights is None else np.asarray(weights, np.float64), observed.shape)
+    there = np.isfinite(observed) & np.isfinite(members).all(axis=0)
+    root = np.sqrt(weight[there] / weight[there].sum())
+    flat, aim = members[:, there] * root, observed[there] * root
+    error = np.sqrt(((flat - aim) ** 2).sum(axis=1)).mean()
+    squares = (flat**2).sum(axis=1)
+    apart = np.sqrt(np.maximum(squares[:, None] + squares - 2.0 * flat @ flat.T, 0.0))
+    np.fill_diagonal(apart, 0.0)
+    return float(error - apart.sum() / (2.0 * count * (count - 1)))
+
+
 def midpoint_levels(count: int) -> tuple[float, ...]:
     """Quantile levels (i + 0.5) / count; 0.1, 0.5 and 0.9 are among them where count is an odd multiple of 5."""
     return tuple((i + 0.5) / count for i in range(count))

@@ -111,13 +111,13 @@ class Predictor:
                 together = max(1, most // len(members))
                 for start in range(0, len(numbers), together):
                     part = numbers[start : start + together]
-                    growths = [self._growth(documents[number], samples[number], len(members)) for number in part]
+                    growths = [self._growth(documents[number], samples[number], ways=len(members)) for number in part]
                     rollout = Rollout(self.model, growths, members=members, seed=seed, bounded=self.bounded)
                     for number, values in zip(part, rollout.run(num_frames), strict=True):
                         found[number].append(values)
         return [np.concatenate(parts) for parts in found]
 
-    def _growth(self, tokens: Tokens, sample: Sample, ways: int) -> Growth:
+    def _growth(self, tokens: Tokens, sample: Sample, *, ways: int) -> Growth:
         priors = known_priors(self.statistics.get(sample.source), sample.channels, leads=(1,))
         return Growth(tokens, batch=ways, tokenizer=self.tokenizers[tokens.modality], priors=priors)
 

@@ -110,20 +110,8 @@ def ask(
         DataError: a context that is too short or holds no value.
     """
     sample, low = film.contexts[index], entry.context_frames[0]
-    if trajectories and entry.leads[0] != 1:
-        raise ConfigError(
-            f"{entry.source!r} (the nearest source) was trained for leads {list(entry.leads)}: samples go frame by "
-            "frame and need lead 1 among them; ask for quantiles"
-        )
+    _refuse_far(sample, entry, horizon=horizon, frame_times=frame_times, trajectories=trajectories)
     ahead = -(-horizon // frame_times)
-    limit, why = max(entry.leads) * frame_times, "the largest lead trained"
-    if trajectories:
-        limit, why = (entry.frames - low) * frame_times, "what its documents hold beside the smallest context"
-    if horizon > limit:
-        raise ConfigError(
-            f"horizon {horizon} is beyond {limit} steps of {sample.step_seconds:g} s, {why} for "
-            f"{entry.source!r} (the nearest source); ask for at most {limit}"
-        )
     longest = entry.frames - (ahead if trajectories else max(entry.leads))  # documents of the trained length
     num_context = min(longest, sample.num_times // frame_times)
     if num_context < low:
@@ -147,6 +135,25 @@ def ask(
         num_context=num_context,
         num_leads=ahead,
     )
+
+
+def _refuse_far(sample: Sample, entry: MixtureEntry, *, horizon: int, frame_times: int, trajectories: bool) -> None:
+    if trajectories and entry.leads[0] != 1:
+        raise ConfigError(
+            f"{entry.source!r} (the nearest source) was trained for leads {list(entry.leads)}: samples go frame by "
+            "frame and need lead 1 among them; ask for quantiles"
+        )
+    limit, why = max(entry.leads) * frame_times, "the largest lead trained"
+    if trajectories:
+        limit, why = (
+            (entry.frames - entry.context_frames[0]) * frame_times,
+            "what its documents hold beside the smallest context",
+        )
+    if horizon > limit:
+        raise ConfigError(
+            f"horizon {horizon} is beyond {limit} steps of {sample.step_seconds:g} s, {why} for "
+            f"{entry.source!r} (the nearest source); ask for at most {limit}"
+        )
 
 
 def _crop(sample: Sample, box: tuple[slice, slice]) -> Sample:

@@ -1,6 +1,4 @@
-"""Growth: a document that goes on frame by frame in several ways; what a token knows of a new frame, no frame encoded
-twice.
-"""
+"""Growth: a document that goes on frame by frame in several ways, and no frame of it is encoded twice."""
 
 from __future__ import annotations
 
@@ -166,7 +164,9 @@ class _PriorForecast:
     def __init__(self, tokens: Tokens, batch: int, *, priors: list[LinearPrior]) -> None:
         self._priors, self._scale, self._series = priors, tokens.scale, _is_series(tokens)
         count = tokens.num_context
-        past = self._past(*(getattr(tokens, name)[:count] for name in ("payload", "valid", "last", "memory")))
+        past = self._past(
+            tokens.payload[:count], tokens.valid[:count], last=tokens.last[:count], memory=tokens.memory[:count]
+        )
         payload, valid = past.by_channel(past.payload), past.by_channel(past.valid)
         mean = past.by_channel(tokens.anchor[:count])[..., 0]
         self._ever = np.broadcast_to(past.valid.any(axis=0), (batch, *past.valid.shape[1:]))
@@ -178,7 +178,7 @@ class _PriorForecast:
         self._mean = np.broadcast_to(mean[-1], (batch, *mean.shape[1:]))
         self._end = count
 
-    def _past(self, payload: np.ndarray, valid: np.ndarray, last: np.ndarray, memory: np.ndarray) -> Past:
+    def _past(self, payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, memory: np.ndarray) -> Past:
         return Past(
             payload=payload,
             valid=valid,
@@ -192,7 +192,7 @@ class _PriorForecast:
         self, payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray, memory: np.ndarray
     ) -> dict[str, np.ndarray]:
         """See `_Forecast`."""
-        past, end = self._past(payload, valid, last, memory), self._end  # the ways stand where frames do
+        past, end = self._past(payload, valid, last=last, memory=memory), self._end  # the ways stand where frames do
         known = past.by_channel(valid)
         squares = np.where(known, (past.by_channel(payload) - self._mean) ** 2, 0.0)
         self._total[:, end + 1] = self._total[:, end] + squares

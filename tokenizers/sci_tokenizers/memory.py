@@ -100,10 +100,10 @@ class GrowingMemory:
         self._relatives: list[np.ndarray] = []
         self._moved_from = np.zeros(shape)
         for frame in range(len(payload)):
-            parts = (np.broadcast_to(part[frame], shape) for part in (payload, valid, last))
-            self._follow(*parts)
+            now, there, newest = (np.broadcast_to(part[frame], shape) for part in (payload, valid, last))
+            self._follow(now, there, last=newest)
 
-    def _follow(self, payload: np.ndarray, valid: np.ndarray, last: np.ndarray) -> None:
+    def _follow(self, payload: np.ndarray, valid: np.ndarray, *, last: np.ndarray) -> None:
         relatives = np.einsum("st,btvk->bsvk", self._kin, last)
         relatives[:, self._alone] = last[:, self._alone]
         first = not self._last
@@ -116,7 +116,7 @@ class GrowingMemory:
     def extend(self, payload: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One more frame, (B, S, V, K): its last values and memories, (B, S, V, K) and (B, S, V, K, J)."""
         last = np.where(valid, payload, self._last[0]).astype(np.float32)
-        self._follow(payload, valid, last)
+        self._follow(payload, valid, last=last)
         kin = [self._relatives[lag].copy() for lag in _KIN_LAGS]
         for part in kin:
             part[:, self._alone] = last[:, self._alone]

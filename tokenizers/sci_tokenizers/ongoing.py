@@ -35,7 +35,7 @@ class OwnSettings:
     floor: float
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Order:
     """One order since its last fit: coefficients, its forecasts' weights and spread, running sums of squared errors."""
 
