@@ -68,7 +68,9 @@ def test_the_table_learns_what_the_value_does_not_say(inputs: ModelInputs) -> No
     model = made(id_table=True)
     payload = inputs.payloads["series"]
     model.embed["series"](payload).square().sum().backward()
-    moved = model.get_parameter(TABLE).grad.abs().sum(dim=1) > 0
+    gradient = model.get_parameter(TABLE).grad
+    assert gradient is not None
+    moved = gradient.abs().sum(dim=1) > 0
     assert set(moved.nonzero().ravel().tolist()) == set(payload.ids[payload.valid[:, 0, 0]].tolist())
 
 

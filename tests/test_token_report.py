@@ -57,7 +57,8 @@ def test_every_number_of_a_series_equals_a_plain_computation(config: PretrainCon
     assert found.tokens_per_second > 0
     width = 30.0 / 4092
     for v, row in enumerate(found.channels):
-        errors, ids, widths, steps, values, beyond = [], [], [], [], [], []
+        errors, ids, widths, values, beyond = [], [], [], [], []
+        steps: list[float] = []
         for index in range(5):
             sample = store.read("station", "train", index=index, start=0, stop=FRAMES)
             tokens = tokenizer.encode(sample, num_context=CONTEXT, leads=(1,), statistics=store.statistics["station"])
@@ -240,7 +241,7 @@ def test_a_figure_of_channels_without_steps_or_ids(config: PretrainConfig) -> No
     report = token_report(config, Store.open(config.data))
     drawn = draw(report)
     assert len(drawn.axes) == 5 and len(drawn.axes[4].images) == 2
-    assert drawn.axes[4].images[0].get_array().shape == (1, BANDS)
+    assert np.shape(drawn.axes[4].images[0].get_array()) == (1, BANDS)
     assert all(math.isfinite(value) for value in metrics(report).values())
 
 

@@ -136,7 +136,9 @@ def _build(parsed: argparse.Namespace) -> int:
 def _inspect(parsed: argparse.Namespace) -> int:
     path = Path(parsed.path)
     if parsed.tokens:
-        return _inspect_tokens(path, family=parsed.family, as_json=parsed.json)
+        from sci_launch.tokens import run
+
+        return run(parsed)
     remote = "://" in parsed.path
     if not remote and not path.exists():
         raise DataError(f"no file or store {parsed.path!r}; give a data file, or a store made by `sci-gpt build`")
@@ -148,29 +150,6 @@ def _inspect(parsed: argparse.Namespace) -> int:
     if family is None:
         raise ConfigError(f"{parsed.path!r}: its ending says not what it is; name one, as --family netcdf")
     return print_result(inspect_file(path, family), as_json=parsed.json)
-
-
-def _inspect_tokens(path: Path, *, family: str | None, as_json: bool) -> int:
-    from sci_gpt.config import PretrainConfig
-    from sci_gpt.config_file import load_config
-
-    if family is not None:
-        raise ConfigError("--family goes with a data file, --tokens with a pretraining's configuration; leave one out")
-    if path.is_dir() or path.suffix.lower() not in (".yaml", ".yml"):
-        raise ConfigError(f"--tokens wants a pretraining's YAML file, as configs/pretrain/quickstart.yaml, got {path}")
-    config = load_config(path, PretrainConfig)
-    from sci_gpt.recipes.token_page import inspect_tokens, table_of
-    from sci_gpt.recipes.token_report import refuse, to_json
-
-    with progress(as_json):
-        report = inspect_tokens(config)
-    result = to_json(report)
-    if as_json:
-        print_result(result, as_json=True)
-    else:
-        print(table_of(report))
-    refuse(result["refused"])
-    return 0
 
 
 def _pretrain(parsed: argparse.Namespace) -> int:

@@ -50,7 +50,7 @@ def inspect_tokens(config: PretrainConfig, say: Callable[[str], None] = print) -
     drawn = draw(report)
     (folder / IMAGE).write_bytes(png(drawn))
     (folder / RESULT).write_text(json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(_page(config, report, drawn), encoding="utf-8")
+    (folder / PAGE).write_text(_page(config, report, drawn=drawn), encoding="utf-8")
     target = replace(parts.tracking_target(config), run_name=f"{config.name}-tokens")
     study = Study(target, folder, parameters={"data": str(config.data), **config.tokenizer.model_dump()})
     study.close(metrics=metrics(report), artifacts=[folder / name for name in (PAGE, IMAGE, RESULT)])
@@ -100,12 +100,12 @@ def draw(report: Sequence[SourceTokens]) -> Figure:
     for place, (source, row) in enumerate(rows):
         colour = MODALITY_COLOURS[source.modality]
         if row.step_std:
-            _dot(panels[0], row.max_error / row.step_std, place, colour=colour)
+            _dot(panels[0], row.max_error / row.step_std, place=place, colour=colour)
         if row.use is not None:
             if row.use.bin_over_step is not None:
-                _dot(panels[1], row.use.bin_over_step, place, colour=colour)
-            _dot(panels[2], 100.0 * row.use.clipped_top, place, colour=colour)
-            _dot(panels[3], row.use.entropy_bits, place, colour=colour)
+                _dot(panels[1], row.use.bin_over_step, place=place, colour=colour)
+            _dot(panels[2], 100.0 * row.use.clipped_top, place=place, colour=colour)
+            _dot(panels[3], row.use.entropy_bits, place=place, colour=colour)
             many = np.log1p(row.use.bands)[None]
             box = (-1, 1, place + 0.4, place - 0.4)
             panels[4].imshow(many, extent=box, aspect="auto", cmap="Blues", vmin=0, vmax=many.max())
@@ -128,7 +128,7 @@ def draw(report: Sequence[SourceTokens]) -> Figure:
     return drawn
 
 
-def _dot(axis: Axes, value: float, place: int, *, colour: str) -> None:
+def _dot(axis: Axes, value: float, *, place: int, colour: str) -> None:
     axis.plot([value], [place], "o", color=colour, markersize=4.5)
 
 
@@ -147,7 +147,7 @@ def _cells(row: ChannelTokens) -> tuple[str, ...]:
     return (row.channel, row.unit, f"{row.max_error:.3g}", f"{row.mean_error:.3g}", wide, *rest)
 
 
-def _page(config: PretrainConfig, report: Sequence[SourceTokens], drawn: Figure) -> str:
+def _page(config: PretrainConfig, report: Sequence[SourceTokens], *, drawn: Figure) -> str:
     sources = [
         (
             source.source,

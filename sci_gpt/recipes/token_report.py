@@ -100,7 +100,7 @@ def token_report(config: PretrainConfig, store: Store) -> tuple[SourceTokens, ..
         DataError: the store has not what the run asks for.
     """
     settings, allowed = parts.tokenizer_settings(config), tuple(store.manifest.get(ALLOWED, ()))
-    return tuple(_source(store, spec, settings, allowed=allowed) for spec in parts.window_specs(config))
+    return tuple(_source(store, spec, settings=settings, allowed=allowed) for spec in parts.window_specs(config))
 
 
 def to_json(report: Iterable[SourceTokens]) -> dict[str, Any]:
@@ -157,7 +157,8 @@ def check_tokens(store: Store, allowed: Sequence[str]) -> None:
     for name in series:
         spec = _build_windows(store, name)
         if spec is not None:
-            uses = _bin_uses(store, _chosen(store, spec, 1, most=_QUANTIZED), SeriesTokenizer(settings), source=name)
+            chosen = _chosen(store, spec, frame_times=1, most=_QUANTIZED)
+            uses = _bin_uses(store, chosen, tokenizer=SeriesTokenizer(settings), source=name)
             lines += [f"{name}/{channel}: {why}" for channel, use in uses.items() if (why := _verdict(use))]
     refuse([line for line in lines if line.partition(":")[0] not in allowed])
 
@@ -192,7 +193,7 @@ def _num_good(store: Store, spec: WindowSpec) -> int:
         return 0
 
 
-def _chosen(store: Store, spec: WindowSpec, frame_times: int, *, most: int) -> list[tuple[Sample, int]]:
+def _chosen(store: Store, spec: WindowSpec, *, frame_times: int, most: int) -> list[tuple[Sample, int]]:
     """Windows spread evenly over the training split, each with its context, drawn from the window's number."""
     windows = Windows(store, spec, split="train", frame_times=frame_times)
     times = store.num_times(spec.source, "train")
@@ -202,15 +203,15 @@ def _chosen(store: Store, spec: WindowSpec, frame_times: int, *, most: int) -> l
     return [(windows.read(n), low + keyed(0, "context", spec.source, n) % (high - low + 1)) for n in numbers]
 
 
-def _source(store: Store, spec: WindowSpec, settings: TokenizerSettings, *, allowed: Sequence[str]) -> SourceTokens:
+def _source(store: Store, spec: WindowSpec, *, settings: TokenizerSettings, allowed: Sequence[str]) -> SourceTokens:
     tokenizer = make_tokenizer(store.modality(spec.source), settings)
-    chosen = _chosen(store, spec, tokenizer.frame_times, most=_QUANTIZED)
+    chosen = _chosen(store, spec, frame_times=tokenizer.frame_times, most=_QUANTIZED)
     statistics = store.statistics[spec.source]
     uses: dict[str, BinUse] = {}
     if isinstance(tokenizer, SeriesTokenizer):
-        uses = _bin_uses(store, chosen, tokenizer, source=spec.source)
+        uses = _bin_uses(store, chosen, tokenizer=tokenizer, source=spec.source)
     whole = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, _ENCODED).round().astype(int))]
-    errors, tokens, seconds = _round_trips(whole, tokenizer, statistics, leads=spec.leads)
+    errors, tokens, seconds = _round_trips(whole, tokenizer, statistics=statistics, leads=spec.leads)
     rows = []
     for v, channel in enumerate(chosen[0][0].channels):
         use = uses.get(channel)
@@ -240,7 +241,7 @@ def _source(store: Store, spec: WindowSpec, settings: TokenizerSettings, *, allo
 
 
 def _round_trips(
-    chosen: Sequence[tuple[Sample, int]], tokenizer: Tokenizer, statistics: SourceStatistics, *, leads: tuple[int, ...]
+    chosen: Sequence[tuple[Sample, int]], tokenizer: Tokenizer, *, statistics: SourceStatistics, leads: tuple[int, ...]
 ) -> tuple[list[np.ndarray], int, float]:
     """|decoded - value| per channel over the valid values, physical; tokens made, and seconds of encoding alone."""
     errors: list[list[np.ndarray]] = [[] for _ in chosen[0][0].channels]
@@ -268,7 +269,7 @@ def _step_std(steps: np.ndarray) -> float | None:
 
 
 def _bin_uses(
-    store: Store, chosen: Sequence[tuple[Sample, int]], tokenizer: SeriesTokenizer, *, source: str
+    store: Store, chosen: Sequence[tuple[Sample, int]], *, tokenizer: SeriesTokenizer, source: str
 ) -> dict[str, BinUse]:
     """Per channel, over windows of a source as the tokenizer scales them by the store's statistics."""
     first = chosen[0][0]

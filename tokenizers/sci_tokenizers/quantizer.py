@@ -197,8 +197,9 @@ class ChronosQuantizer:
 
     def _encode(self, rows: np.ndarray, given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         batch, length = rows.shape
-        ids = np.full((batch, length + self.use_eos), EOS, np.int32)
-        mask = np.ones(ids.shape, bool)
+        ids = np.empty((batch, length + self.use_eos), np.int32)
+        mask = np.empty(ids.shape, bool)
+        mask[:, length:] = True
         np.equal(rows, rows, out=mask[:, :length])  # False for NaN alone
         missing = np.flatnonzero(~mask)
         scale = self._scale(rows, missing, room=ids) if given is None else given
@@ -214,8 +215,7 @@ class ChronosQuantizer:
                 # Infinity by infinity, 0 by 0: above all boundaries.
                 ids[part, :length][np.isnan(scaled)] = self.bins.num_ids - 1
         ids.ravel()[missing] = PAD
-        if self.use_eos:
-            ids[:, -1] = EOS
+        ids[:, length:] = EOS
         return ids, mask, scale
 
     def _scale(self, rows: np.ndarray, missing: np.ndarray, *, room: np.ndarray) -> np.ndarray:
