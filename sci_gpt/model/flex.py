@@ -128,7 +128,7 @@ def _rule(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask_mod. A position outside every document sees itself, so that no row is empty."""
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # signature of mask_mod
         same = (document[query] == document[key]) & (document[query] >= 0)
         return (same & (until[query] >= frame[key])) | (query == key)
 
@@ -136,7 +136,7 @@ def _rule(
         return seen
     row, column, period = place
 
-    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # signature of mask_mod
         between = (column[query] - column[key]).abs()
         around = torch.where(period[query] > 0, torch.minimum(between, period[query] - between), between)
         close = ((row[query] - row[key]).abs() <= radius) & (around <= radius)

@@ -161,11 +161,8 @@ class GaussianHead(nn.Module):
 
     Args:
         width, num_variables: as for `Head`.
+        modality: whose values it predicts: decides memories, levels, START_LEAN and GRID_PACE.
         num_values: K of a token.
-        num_memories: J that the modality has.
-        start: of START_LEAN.
-        pace: factor of the correction; below 1 it is learned more slowly.
-        levels: as for `PayloadEmbedding`.
         output_scale: as for `Head`.
         noise: numbers in the noise of a `SampleHead`.
     """
@@ -175,23 +172,21 @@ class GaussianHead(nn.Module):
         width: int,
         num_variables: int,
         *,
+        modality: str,
         num_values: int,
-        num_memories: int,
-        start: float,
-        pace: float = 1.0,
-        levels: bool = False,
         output_scale: float = 1.0,
         noise: int = 0,
     ) -> None:
         super().__init__()
-        self.start_lean, self.pace = start, pace
+        num_memories = 0 if modality == "trace" else len(MEMORIES)
+        self.start_lean, self.pace = START_LEAN[modality], GRID_PACE if modality == "grid" else 1.0
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.num_leaning = num_values * num_memories + len(HORIZONS)  # products per answer of `_located` and `_spread`
         self.head = Head(
             width,
             num_variables,
             outputs=sum(self.sizes),
-            levels=levels,
+            levels=modality == "grid",
             output_scale=output_scale,
             drawn=num_values * noise,
         )

@@ -27,7 +27,7 @@ class _Norm(torch.autograd.Function):
     """RMSNorm on a CPU, which has no kernel of its own: a third less passes over the values than autograd makes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # signature of torch.autograd.Function
         """x / rms(x) * weight, over the last axis."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.rsqrt(length * length / x.shape[-1] + _EPSILON)

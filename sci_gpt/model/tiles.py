@@ -43,7 +43,7 @@ def tiles_of(row: np.ndarray, column: np.ndarray, *, period: int, radius: int) -
         radius: farthest patch that is seen, in rows and in columns.
     """
     rows, columns = (np.ascontiguousarray(axis, np.int64).tobytes() for axis in (row, column))
-    return _tiles(rows, columns, period, radius)
+    return _tiles(rows, columns, period=period, radius=radius)
 
 
 def _apart(first: np.ndarray, second: np.ndarray, *, period: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def _apart(first: np.ndarray, second: np.ndarray, *, period: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _tiles(rows: bytes, columns: bytes, period: int, radius: int) -> Tiles | None:
+def _tiles(rows: bytes, columns: bytes, *, period: int, radius: int) -> Tiles | None:
     row, column = np.frombuffer(rows, np.int64), np.frombuffer(columns, np.int64)
     across = min(np.ptp(column), period // 2) if period else np.ptp(column)
     if np.ptp(row) <= radius and across <= radius:

@@ -13,8 +13,6 @@ from sci_gpt.model.cache import KeyValueCache
 from sci_gpt.model.checkpointing import Checkpointing, run_layer
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import (
-    GRID_PACE,
-    START_LEAN,
     GaussianHead,
     MixtureHead,
     Prediction,
@@ -24,7 +22,6 @@ from sci_gpt.model.heads import (
 from sci_gpt.model.inputs import ModelInputs, NoiseSettings
 from sci_gpt.model.layers import Block, RMSNorm, Rotary
 from sci_gpt.model.shapes import ModelShape
-from sci_tokenizers.memory import MEMORIES
 from sci_tokenizers.tokenizer import TokenizerSettings
 from sci_tokenizers.variables import VARIABLES
 
@@ -178,11 +175,8 @@ def _heads(width: int, settings: ModelSettings, *, values: dict[str, int]) -> di
         name: (SampleHead if noise else GaussianHead)(
             width,
             rows,
+            modality=name,
             num_values=count,
-            num_memories=0 if name == "trace" else len(MEMORIES),
-            start=START_LEAN[name],
-            pace=GRID_PACE if name == "grid" else 1.0,
-            levels=name == "grid",
             output_scale=output_scale,
             noise=noise,
         )

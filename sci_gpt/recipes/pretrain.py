@@ -17,7 +17,7 @@ from sci_gpt.data.splits import check_window
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
 from sci_gpt.model.init import initialize
-from sci_gpt.model.transformer import build_model
+from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.width import rate_factors
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.worker import refusing
@@ -54,8 +54,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     start = where_to_go_on(config.output, identity)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     _refuse_long_windows(curriculum)
-    model = build_model(parts.model_shape(config), parts.model_settings(config))
-    model.checkpointing = config.parallel.activation_checkpointing
+    model = _model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     world = World.start(threads=config.parallel.threads_per_process)
@@ -64,8 +63,8 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
-    adamw, factors = parts.adamw_settings(config), rate_factors(model)
-    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=factors)
+    adamw = parts.adamw_settings(config)
+    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rate_factors(model))
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
@@ -103,6 +102,12 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             tracker.close("KILLED" if outcome.stopped else "FINISHED")
     world.stop()
     return outcome
+
+
+def _model(config: PretrainConfig) -> SciGPT:
+    model = build_model(parts.model_shape(config), parts.model_settings(config))
+    model.checkpointing = config.parallel.activation_checkpointing
+    return model
 
 
 def _objective(config: PretrainConfig, world: World) -> NextFrame:

@@ -1,0 +1,54 @@
+"""The part of the configuration tree that decides what a model is: tokens, shape, attention, noise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Node(BaseModel):
+    """A part of the tree: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TokenizerConfig(Node):
+    """Sizes of tokens: grid patch side, samples per trace frame, ids and limit of the series quantizer."""
+
+    grid_patch: int = Field(default=8, ge=1)
+    trace_samples: int = Field(default=5, ge=1)
+    series_ids: int = Field(default=4096, ge=8)
+    series_limit: float = Field(default=15.0, gt=0)
+
+
+class AttentionConfig(Node):
+    """Tokens of a grid see `radius` patches (null: all) in rows and columns, in every `global_every`-th layer all."""
+
+    radius: int | None = Field(default=None, ge=0)
+    global_every: int = Field(default=2, ge=2)
+
+
+class NoiseConfig(Node):
+    """Noise for coherent samples (docs/model.md). width 0: none, the model predicts marginals; members: in training;
+    pooled_weight: of the CRPS of pooled values in the loss."""
+
+    width: int = Field(default=0, ge=0)
+    members: int = Field(default=2, ge=2)
+    pooled_weight: float = Field(default=1.0, ge=0)
+
+
+class ModelConfig(Node):
+    """Shape of the transformer (`size` names a row of sci_gpt/model/shapes.py), its series head, attention and noise.
+
+    id_table: an id of a series has an embedding of its own beside that of its value.
+    width_rule: mup scales hidden learning rates and outputs by base_width / width, so that a rate tuned there holds.
+    """
+
+    size: str
+    mixture_components: int = Field(default=3, ge=1)
+    id_table: bool = True
+    attention: AttentionConfig = AttentionConfig()
+    width_rule: Literal["standard", "mup"] = "standard"
+    base_width: int = Field(default=128, ge=8)
+    noise: NoiseConfig = NoiseConfig()
