@@ -49,7 +49,7 @@ def blanked(tokenizer: Tokenizer, sample: Sample, statistics: dict[str, ChannelS
 )
 def test_growing_equals_encoding_the_whole_document_again(modality: str, knows: bool) -> None:
     """All that a token holds, for two different futures at once, with priors and without, and with a silent channel."""
-    tokenizer = make_tokenizer(modality, SETTINGS)  # type: ignore[arg-type]
+    tokenizer = make_tokenizer(modality, SETTINGS)
     n = tokenizer.frame_times
     sample = toy_sample(modality, (CONTEXT + AHEAD) * n)
     if modality == "series":  # two levels of one variable are kin

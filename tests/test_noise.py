@@ -42,9 +42,9 @@ def model(noise: NoiseSettings = NOISE) -> SciGPT:
     return made.eval()
 
 
-def inputs(**words: int) -> ModelInputs:
+def inputs(seed: int = 5, members: int | None = None) -> ModelInputs:
     """Of `batch`, with noise."""
-    return noisy_inputs(batch(), noise=NOISE, **{"seed": 5, **words})
+    return noisy_inputs(batch(), noise=NOISE, seed=seed, members=members)
 
 
 def test_noise_is_the_same_however_it_is_drawn() -> None:
@@ -127,10 +127,15 @@ def test_members_differ_from_the_first_step_and_learn() -> None:
     """Untrained members are as wide as the spread says; every parameter of the noise gets a gradient."""
     made, net = inputs(), model()
     predictions = net(made)
-    total = sum(unit_losses(one, made.payloads[name], settings=SETTINGS).sum() for name, one in predictions.items())
+    losses = [unit_losses(one, made.payloads[name], settings=SETTINGS).sum() for name, one in predictions.items()]
     assert all((one.values[0] - one.values[1]).abs().max() > 0.1 for one in predictions.values())
-    total.backward()
-    quiet = [name for name, p in net.named_parameters() if "noise" in name or "readout" in name if not p.grad.any()]
+    torch.stack(losses).sum().backward()
+    quiet = [
+        name
+        for name, p in net.named_parameters()
+        if "noise" in name or "readout" in name
+        if p.grad is None or not p.grad.any()
+    ]
     assert not quiet
 
 

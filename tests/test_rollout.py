@@ -53,7 +53,7 @@ def test_cached_trajectories_equal_those_computed_again(modality: str) -> None:
         frames = np.concatenate([one[:, number] for one in found])
         size = spread + np.abs(expected - np.median(expected, axis=(0, 1, 3, 4))[:, None, None])
         assert (np.abs(frames - expected) / size).max() < 1e-5, number
-        again.accept(frames)  # rounding must not add up over the frames: a large rain doubles it each time
+        again.accept(list(frames))  # rounding must not add up over the frames: a large rain doubles it each time
 
 
 def test_the_seed_decides_and_a_member_does_not_depend_on_how_many_there_are() -> None:

@@ -97,7 +97,7 @@ def trained(steps: int, *, documents: int = 8, noise: NoiseSettings, seed: int =
         inputs = noisy_inputs(collate([made], sum(one.num_tokens for one in made)), noise=noise, seed=seed)
         loss = weighted_sums(model(inputs), inputs, settings=SETTINGS)["grid"] / valid_weights(inputs)["grid"]
         adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class ModelInputs:
             replace(group, index=torch.cat([group.index + copy * size for copy in range(count)]))
             for group in self.groups
         )
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value.repeat(count, *[1] * (value.dim() - 1))
             for name, value in vars(self).items()
             if isinstance(value, Tensor)

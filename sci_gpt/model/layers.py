@@ -164,7 +164,9 @@ class Block(nn.Module):
         width). `pieces` as in `attend`; `noise` (T, noise width) scales what the norms give by 1 + W z; `held` keeps
         keys and values of earlier frames (`cache.KeyValueCache`).
         """
-        first, second = (None, None) if noise is None else (1.0 + self.noise(noise)).chunk(2, dim=-1)
+        first, second = (
+            (None, None) if noise is None or self.noise is None else (1.0 + self.noise(noise)).chunk(2, dim=-1)
+        )
         normed = self.attention_norm(x) if first is None else self.attention_norm(x) * first
         asking = normed if asked is None else normed[asked]
         q, k, v = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +152,9 @@ class SciGPT(nn.Module):
             modality: SamplePrediction(
                 values=torch.stack(
                     [
-                        self.heads[modality].member(own[payload.index], payload, noise=z[payload.index])
+                        cast(SampleHead, self.heads[modality]).member(
+                            own[payload.index], payload, noise=z[payload.index]
+                        )
                         for own, z in zip(x.chunk(len(noise.values)), noise.values, strict=True)
                     ]
                 ),

@@ -131,7 +131,7 @@ def ask(
         sample=sample,
         windows=[_crop(window, box) for box in boxes],
         boxes=boxes,
-        seen=context.valid.any(axis=0),
+        seen=np.asarray(context.valid.any(axis=0)),
         num_context=num_context,
         num_leads=ahead,
     )
