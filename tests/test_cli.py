@@ -144,7 +144,9 @@ def test_build_in_a_fresh_process_prints_one_json_object_and_its_progress_on_std
 def one_source(folder: Path) -> Path:
     """A data configuration of one small table in `folder`."""
     days = [
-        f"2001-{month:02d}-{day:02d},{340 + month + day / 31:.2f}" for month in range(1, 13) for day in range(1, 29)
+        f"2001-{month:02d}-{day:02d},{340 + month + day / 31 + day % 3:.2f}"
+        for month in range(1, 13)
+        for day in range(1, 29)
     ]
     (folder / "co2.csv").write_text("date,co2\n" + "\n".join(days) + "\n", encoding="utf-8")
     era = {"name": "all", "start": "2001-01-01", "train_until": "2001-06-30", "valid_until": "2001-09-15"}

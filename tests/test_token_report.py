@@ -241,7 +241,8 @@ def test_a_figure_of_channels_without_steps_or_ids(config: PretrainConfig) -> No
     report = token_report(config, Store.open(config.data))
     drawn = draw(report)
     assert len(drawn.axes) == 5 and len(drawn.axes[4].images) == 2
-    assert np.shape(drawn.axes[4].images[0].get_array()) == (1, BANDS)
+    array = drawn.axes[4].images[0].get_array()
+    assert array is not None and array.shape == (1, BANDS)
     assert all(math.isfinite(value) for value in metrics(report).values())
 
 
