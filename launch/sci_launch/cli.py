@@ -21,14 +21,8 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="Node")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FAMILY_OF_ENDING = {
-    ".nc": "netcdf",
-    ".nc4": "netcdf",
-    ".cdf": "netcdf",
-    ".csv": "csv",
-    ".dly": "ghcn",
-    ".mseed": "miniseed",
-}
+_NETCDF = dict.fromkeys((".nc", ".nc4", ".cdf"), "netcdf")
+_FAMILY_OF_ENDING = _NETCDF | {".csv": "csv", ".dly": "ghcn", ".mseed": "miniseed"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
