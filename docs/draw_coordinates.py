@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -66,14 +66,14 @@ def outputs(model: SciGPT, inputs: ModelInputs) -> dict[str, Tensor]:
     """What each layer, the trunk and the heads' last layers give."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> object:
+    def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: object, result: Tensor) -> None:
             found[name] = result.detach().clone()
 
         return hook
 
-    watched = {f"layer {n}": block for n, block in enumerate(model.blocks, start=1)}
-    watched |= {f"{name} head": model.heads[name].head.out for name in inputs.payloads}
+    watched: dict[str, nn.Module] = {f"layer {n}": block for n, block in enumerate(model.blocks, start=1)}
+    watched |= {f"{name} head": model.get_submodule(f"heads.{name}.head.out") for name in inputs.payloads}
     handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     with torch.no_grad():
         model(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def packed(films: tuple[Film, ...] = FILMS) -> ModelInputs:
         )
         for (frames, slots, causal), starts in shapes.items()
     )
+    places: dict[str, Any] = {name: torch.tensor(values) for name, values in columns.items()}
     return ModelInputs(
-        **{name: torch.tensor(values) for name, values in columns.items()},
+        **places,
         periods=tuple(sorted({film.period for film in films} - {0})),
         features=torch.zeros(len(columns["frame"]), 1),
         payloads={},

@@ -78,8 +78,8 @@ def attend_flex(q: Tensor, k: Tensor, *, v: Tensor, reach: FlexReach) -> Tensor:
         rearrange(F.pad(_clean(x)[reach.order], (0, 0, 0, 0, 0, fill)), "t h c -> 1 h t c").contiguous()
         for x in (q, k, v)
     )
-    kernel = _compiled() if q.is_cuda else flex_attention
-    mixed: Any = kernel(of_q, of_k, of_v, block_mask=reach.mask)
+    kernel: Any = _compiled() if q.is_cuda else flex_attention
+    mixed: Tensor = kernel(of_q, of_k, of_v, block_mask=reach.mask)
     mixed = rearrange(mixed, "1 h t c -> t h c")
     inside = reach.document >= 0
     mixed = torch.where(inside[:, None, None], mixed, 0.0)

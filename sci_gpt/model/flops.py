@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 from torch import nn
 
 from sci_gpt.model.attention import Reach, cuts
 from sci_gpt.model.embed import PayloadEmbedding
-from sci_gpt.model.heads import Head
+from sci_gpt.model.heads import GaussianHead, Head, MixtureHead
 from sci_gpt.model.inputs import ModelInputs
 from sci_gpt.model.tiles import Tiles
 from sci_gpt.model.transformer import SciGPT
@@ -120,14 +121,14 @@ def training_flops(model: SciGPT, work: Work) -> dict[str, float]:
         "heads": 0.0,
     }
     for modality, payload in work.payloads.items():
-        embed = model.embed[modality]
+        embed = cast(PayloadEmbedding, model.embed[modality])
         found["embed"] += payload.rows * (_fed(embed.project) + _of_levels(embed))
         found["heads"] += _head_flops(model, modality, work=payload)
     return found
 
 
 def _head_flops(model: SciGPT, modality: str, *, work: PayloadWork) -> float:
-    outer = model.heads[modality]
+    outer = cast("GaussianHead | MixtureHead", model.heads[modality])
     head = outer.head
     question = work.units * _fed(head.question.project)
     multiplied = head.hidden.in_features * head.hidden.out_features + head.out.in_features * head.out.out_features

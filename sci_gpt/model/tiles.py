@@ -55,7 +55,8 @@ def _apart(first: np.ndarray, second: np.ndarray, *, period: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _tiles(rows: bytes, columns: bytes, *, period: int, radius: int) -> Tiles | None:
     row, column = np.frombuffer(rows, np.int64), np.frombuffer(columns, np.int64)
-    across = min(np.ptp(column), period // 2) if period else np.ptp(column)
+    wide = int(np.ptp(column))
+    across = min(wide, period // 2) if period else wide
     if np.ptp(row) <= radius and across <= radius:
         return None
     edge = max(4, 3 * radius // 2)  # wider tiles multiply more, narrower ones gather more
