@@ -73,7 +73,7 @@ def full_in_a_save(processes: int) -> Case:
         argv=lambda desk: desk.pretrain(f"output={desk.run_on_disk()}", processes=processes),
         holds=("disk/run/checkpoints/step-", "was not written"),
         remedy=f"make room on the disk: step-{STEP:08d} is intact, and the same command resumes from it",
-        disk_size="8m",
+        disk_size="16m",
         kept="disk/run/checkpoints",
         meanwhile=fill_the_disk_and_save,
     )
