@@ -100,16 +100,17 @@ class ModelInputs:
 
 def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
     """Tensors of a batch on `device`."""
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for start, frames, slots in batch.spans:
-        shapes.setdefault((frames, slots), []).append(start)
+    shapes: dict[tuple[int, int, bool], list[int]] = {}
+    for (start, frames, slots), causal in zip(batch.spans, batch.causal, strict=True):
+        shapes.setdefault((frames, slots, causal), []).append(start)
     groups = tuple(
         DocumentGroup(
             index=torch.from_numpy(np.asarray(starts)[:, None] + np.arange(frames * slots)).to(device),
             frames=frames,
             slots=slots,
+            causal=causal,
         )
-        for (frames, slots), starts in shapes.items()
+        for (frames, slots, causal), starts in shapes.items()
     )
     return ModelInputs(
         frame=torch.from_numpy(batch.frame).to(device),

@@ -109,6 +109,7 @@ class Batch:
         features: float32 (T, len(TOKEN_FEATURES)), NaN where unknown.
         payloads: {modality: Payload}, only modalities that are present.
         spans: per document (start, frames, slots) in the flat batch.
+        causal: per document whether a token sees no later frame; masked documents see all of theirs.
         keys: per document its sample key.
         numbers: per document its sample number in the run (-1 outside a run).
     """
@@ -123,6 +124,7 @@ class Batch:
     features: np.ndarray
     payloads: dict[str, Payload]
     spans: tuple[tuple[int, int, int], ...]
+    causal: tuple[bool, ...]
     keys: tuple[str, ...]
     numbers: tuple[int, ...]
 
@@ -156,6 +158,7 @@ def collate(
     document = np.full(total, -1, np.int64)
     features = np.full((total, len(TOKEN_FEATURES)), np.nan, np.float32)
     spans: list[tuple[int, int, int]] = []
+    causal: list[bool] = []
     keys: list[str] = []
     flat_numbers: list[int] = []
     parts: dict[str, list[tuple[int, Tokens]]] = {}
@@ -175,6 +178,7 @@ def collate(
             features[here] = _token_features(tokens, frames)
             parts.setdefault(tokens.modality, []).append((at, tokens))
             spans.append((at, frames, tokens.num_slots))
+            causal.append(tokens.masked is None)
             keys.append(tokens.key)
             flat_numbers.append(numbers[r][d] if numbers is not None else -1)
             at += count
@@ -186,6 +190,7 @@ def collate(
         features=features,
         payloads=payloads,
         spans=tuple(spans),
+        causal=tuple(causal),
         keys=tuple(keys),
         numbers=tuple(flat_numbers),
         **columns,
