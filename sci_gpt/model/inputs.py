@@ -35,6 +35,18 @@ class PayloadInputs:
     unit_lead: Tensor
     unit_weight: Tensor
     question: Tensor
+    hidden_values: Tensor
+    hidden_valid: Tensor
+    hidden_weight: Tensor
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Answers of the units (U, V, K), scaled, and the weight of each value, 0 where it is not valid."""
+        values, valid, weight = self.values, self.valid, self.weight
+        if len(self.hidden_values):
+            values = torch.cat([values, self.hidden_values])
+            valid = torch.cat([valid, self.hidden_valid])
+            weight = torch.cat([weight, self.hidden_weight])
+        return values[self.unit_target], weight[self.unit_target] * valid[self.unit_target]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sci_gpt.parallel.world import World
-from sci_tokenizers.sample import MODALITIES
+from sci_tokenizers.sample import LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +52,21 @@ class Agreement:
 
     def global_weight(self, factor: dict[str, float]) -> float:
         """Sum over modalities of factor x valid weight: what every rank's loss is divided by."""
-        return sum(factor[name] * self.weight[name] for name in MODALITIES)
+        return sum(factor[name.split("/")[0]] * self.weight[name] for name in LOSSES)
 
 
 def agree(world: World, report: Report) -> Agreement:
     """Exchange reports: a collective, called once per optimizer step by every rank."""
-    values = [report.weight.get(name, 0.0) for name in MODALITIES]
-    values += [report.previous_loss.get(name, 0.0) for name in MODALITIES]
+    values = [report.weight.get(name, 0.0) for name in LOSSES]
+    values += [report.previous_loss.get(name, 0.0) for name in LOSSES]
     values += [float(report.passed_over), float(report.stop), float(report.save), float(report.previous_broken)]
     values.append(report.wait_seconds)
     rows = world.gather(values)
     sums = [sum(column) for column in zip(*rows, strict=True)]
-    count = len(MODALITIES)
+    count = len(LOSSES)
     return Agreement(
-        weight=dict(zip(MODALITIES, sums[:count], strict=True)),
-        previous_loss=dict(zip(MODALITIES, sums[count : 2 * count], strict=True)),
+        weight=dict(zip(LOSSES, sums[:count], strict=True)),
+        previous_loss=dict(zip(LOSSES, sums[count : 2 * count], strict=True)),
         passed_over=round(sums[2 * count]),
         stop=sums[2 * count + 1] > 0,
         save=sums[2 * count + 2] > 0,
