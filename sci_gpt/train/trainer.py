@@ -268,8 +268,8 @@ class Trainer:
         finite = whole > 0 and not agreement.previous_broken
         losses = agreement.previous_loss
         record["loss"] = sum(factor[m.split("/")[0]] * losses[m] for m in losses) / whole if finite else None
-        record["losses"] = {m: losses[m] / weight[m] for m in losses if weight[m] > 0} if finite else {}
-        record["weights"] = {m: weight[m] for m in weight if m in factor or weight[m] > 0}
+        record["losses"] = {m: losses[m] / weight[m] for m in losses if weight.get(m, 0.0) > 0} if finite else {}
+        record["weights"] = weight
         if broken:
             ranks = agreement.previous_broken or tuple(range(len(pending.rows.dealt)))
             names = [self.parts.name(n) for rank in ranks for n in pending.rows.dealt[rank]]
