@@ -163,7 +163,6 @@ def collate(
     document = np.full(total, -1, np.int64)
     features = np.full((total, len(TOKEN_FEATURES)), np.nan, np.float32)
     spans: list[tuple[int, int, int]] = []
-    causal: list[bool] = []
     keys: list[str] = []
     flat_numbers: list[int] = []
     parts: dict[str, list[tuple[int, Tokens]]] = {}
@@ -183,7 +182,6 @@ def collate(
             features[here] = _token_features(tokens, frames)
             parts.setdefault(tokens.modality, []).append((at, tokens))
             spans.append((at, frames, tokens.num_slots))
-            causal.append(tokens.masked is None)
             keys.append(tokens.key)
             flat_numbers.append(numbers[r][d] if numbers is not None else -1)
             at += count
@@ -195,7 +193,7 @@ def collate(
         features=features,
         payloads=payloads,
         spans=tuple(spans),
-        causal=tuple(causal),
+        causal=tuple(tokens.masked is None for documents in rows for tokens in documents),
         keys=tuple(keys),
         numbers=tuple(flat_numbers),
         **columns,
