@@ -166,7 +166,7 @@ class MixtureEntry(Node):
 
     frames: length of a document in frames; stride: frames between window starts; context_frames: C, the smallest and
     the largest number of frames from which the document's scales come (drawn from the sample's number); leads: frames
-    ahead that each token is asked for.
+    ahead that each token is asked for; masked: share of the samples that hide tokens and ask for these instead.
     """
 
     source: str
@@ -175,6 +175,7 @@ class MixtureEntry(Node):
     stride: int = Field(ge=1)
     context_frames: tuple[int, int]
     leads: tuple[int, ...] = (1,)
+    masked: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

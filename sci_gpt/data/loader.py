@@ -11,6 +11,7 @@ from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import ConfigError, DataError
+from sci_tokenizers.masked import masked_tokens
 from sci_tokenizers.packing import pack_rows
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerError, TokenizerSettings
@@ -86,12 +87,22 @@ class Corpus:
         spec = self.specs[source]
         low, high = spec.context_frames
         context = low + keyed(self.seed, "context", n) % (high - low + 1)
-        return self.tokenizers[source].encode(
+        tokenizer, sample, statistics = (
+            self.tokenizers[source],
             self.windows[source].read(window),
-            num_context=context,
-            leads=spec.leads,
-            statistics=self.store.statistics[spec.source],
+            self.store.statistics[spec.source],
         )
+        if self.masked(n):
+            key = keyed(self.seed, "tubes", n)
+            return masked_tokens(
+                tokenizer, sample, key=key, num_context=context, leads=spec.leads, statistics=statistics
+            )
+        return tokenizer.encode(sample, num_context=context, leads=spec.leads, statistics=statistics)
+
+    def masked(self, n: int) -> bool:
+        """Whether sample number n is a masked document: drawn from (seed, n), without reading it."""
+        share = self.specs[self.order.source(n)].masked
+        return share > 0 and keyed(self.seed, "masked", n) < share * 2.0**64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +140,10 @@ def plan_step(corpus: Corpus, n: int, *, rows: int, row_length: int) -> StepPlan
 
 
 def attention_cost(corpus: Corpus, plan: StepPlan) -> list[int]:
-    """Attention cost of each row: a token sees its own document, so a document costs the square of its tokens."""
-    return [sum(corpus.length(i) ** 2 for i in row) for row in plan.rows]
+    """Attention cost of each row: a token sees its own document, so a document costs the square of its tokens, and
+    twice that where it is masked and sees later frames too.
+    """
+    return [sum((1 + corpus.masked(i)) * corpus.length(i) ** 2 for i in row) for row in plan.rows]
 
 
 def deal(plan: StepPlan, *, world: int, cost: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -210,7 +223,7 @@ def packing_report(
         fill += sum(corpus.length(i) for row in plan.rows for i in row)
         mixed += sum(len({modality(i) for i in row}) >= 2 for row in plan.rows)
         shares = deal(plan, world=ranks * accumulation, cost=attention_cost(corpus, plan))
-        places = [sum(corpus.length(i) ** 2 for row in share for i in row) for share in shares]
+        places = [sum((1 + corpus.masked(i)) * corpus.length(i) ** 2 for row in share for i in row) for share in shares]
         totals = [sum(places[rank * accumulation : (rank + 1) * accumulation]) for rank in range(ranks)]
         spread += (max(totals) - min(totals)) * ranks / sum(totals)
         n = plan.next_sample

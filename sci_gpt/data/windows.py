@@ -28,6 +28,7 @@ class WindowSpec:
         context_frames: smallest and largest C; a sample's own C is drawn from its number.
         leads: frames ahead that each token is asked for.
         weight: share of the tokens of the mixture.
+        masked: share of the samples that are masked documents; which ones, their numbers say.
     """
 
     source: str
@@ -36,6 +37,7 @@ class WindowSpec:
     context_frames: tuple[int, int]
     leads: tuple[int, ...]
     weight: float = 1.0
+    masked: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.context_frames

@@ -152,7 +152,7 @@ def _pile_features(payload: PayloadInputs) -> Tensor:
     """
     pile, last = (own[payload.unit_token][:, 0] for own in (payload.pile, payload.last[:, :, 0]))
     away = torch.asinh((last - pile).nan_to_num().abs())
-    stays, ahead = (away == 0).to(away.dtype), payload.unit_lead.to(away.dtype).log()
+    stays, ahead = (away == 0).to(away.dtype), payload.unit_lead.clamp(min=1).to(away.dtype).log()
     return torch.stack([stays, stays * ahead, 1 - stays, (1 - stays) * ahead, away], dim=-1)
 
 

@@ -36,6 +36,18 @@ class PayloadInputs:
     unit_lead: Tensor
     unit_weight: Tensor
     question: Tensor
+    hidden_values: Tensor
+    hidden_valid: Tensor
+    hidden_weight: Tensor
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Answers of the units (U, V, K), scaled, and the weight of each value, 0 where it is not valid."""
+        values, valid, weight = self.values, self.valid, self.weight
+        if len(self.hidden_values):
+            values = torch.cat([values, self.hidden_values])
+            valid = torch.cat([valid, self.hidden_valid])
+            weight = torch.cat([weight, self.hidden_weight])
+        return values[self.unit_target], weight[self.unit_target] * valid[self.unit_target]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +168,17 @@ class ModelInputs:
 
 def to_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
     """Tensors of a batch on `device`."""
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for start, frames, slots in batch.spans:
-        shapes.setdefault((frames, slots), []).append(start)
+    shapes: dict[tuple[int, int, bool], list[int]] = {}
+    for (start, frames, slots), causal in zip(batch.spans, batch.causal, strict=True):
+        shapes.setdefault((frames, slots, causal), []).append(start)
     groups = tuple(
         DocumentGroup(
             index=torch.from_numpy(np.asarray(starts)[:, None] + np.arange(frames * slots)).to(device),
             frames=frames,
             slots=slots,
+            causal=causal,
         )
-        for (frames, slots), starts in shapes.items()
+        for (frames, slots, causal), starts in shapes.items()
     )
     return ModelInputs(
         frame=torch.from_numpy(batch.frame).to(device),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sci_gpt.model.heads import GaussianPrediction, MixturePrediction, Prediction, SamplePrediction
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs, Together
+from sci_tokenizers.sample import masked_name
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 _SLOT_SUMS = 4  # sums over the slots of a frame in each question's pooled score
@@ -147,8 +148,7 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: Tok
     else in scaled units (grids). Members (all modalities): fair CRPS in spreads of the anchor, plus `pooled_weight`
         times `pooled_crps`, in the same unit.
     """
-    truth = payload.values[payload.unit_target]
-    weight = payload.weight[payload.unit_target] * payload.valid[payload.unit_target]
+    truth, weight = payload.targets()
     if isinstance(prediction, MixturePrediction):
         loss = -mixture_log_probability(
             prediction, truth[:, 0, 0], width=settings.series_bin_width, limit=settings.series_limit
@@ -170,16 +170,28 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: Tok
 def weighted_sums(
     predictions: dict[str, Prediction], inputs: ModelInputs, *, settings: TokenizerSettings
 ) -> dict[str, Tensor]:
-    """Sum over units of loss x weight, per modality present."""
-    return {
-        modality: (
-            unit_losses(prediction, inputs.payloads[modality], settings=settings)
-            * inputs.payloads[modality].unit_weight
-        ).sum()
-        for modality, prediction in predictions.items()
-    }
+    """Sum over units of loss x weight, per modality present; masked units under their own name (`masked_name`)."""
+    sums: dict[str, Tensor] = {}
+    for modality, prediction in predictions.items():
+        payload = inputs.payloads[modality]
+        sums |= _parted(modality, unit_losses(prediction, payload, settings=settings) * payload.unit_weight, payload)
+    return sums
 
 
 def valid_weights(inputs: ModelInputs) -> dict[str, float]:
     """Sum of unit weights per modality present: known before the forward pass, summed over ranks once per step."""
-    return {modality: float(payload.unit_weight.sum()) for modality, payload in inputs.payloads.items()}
+    weights: dict[str, float] = {}
+    for modality, payload in inputs.payloads.items():
+        weights |= {name: float(x) for name, x in _parted(modality, payload.unit_weight, payload).items()}
+    return weights
+
+
+def _parted(modality: str, per_unit: Tensor, payload: PayloadInputs) -> dict[str, Tensor]:
+    """Sum over the next-frame units of a modality, and beside it over the masked ones where there are any."""
+    if not len(payload.hidden_values):
+        return {modality: per_unit.sum()}
+    masked = payload.unit_lead == 0
+    return {
+        modality: torch.where(masked, 0.0, per_unit).sum(),
+        masked_name(modality): torch.where(masked, per_unit, 0.0).sum(),
+    }

@@ -150,6 +150,9 @@ def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
     """
     tree = config.model_dump(mode="json")
     tree["model"] = config.model.model_dump(mode="json", exclude=_unchanged(config.model))
+    for entry in (entry for phase in tree["phases"] for entry in phase["mixture"]):
+        if not entry["masked"]:  # a run from before the objective goes on
+            del entry["masked"]
     names = ("seed", "phases", "shuffle_block", "shuffle_time", "tokenizer", "model", "loss_factor")
     # The fingerprint's parts stand beside it: a refusal then names the source, and whether files or split differ.
     data = {"fingerprint": store.fingerprint, "data": store.manifest.get("fingerprint_parts", {})}

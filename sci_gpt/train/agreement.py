@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sci_gpt.parallel.world import World
-from sci_tokenizers.sample import MODALITIES
+from sci_tokenizers.sample import LOSSES, MODALITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Agreement:
 
     def global_weight(self, factor: dict[str, float]) -> float:
         """Sum over modalities of factor x valid weight: what every rank's loss is divided by."""
-        return sum(factor[name] * self.weight[name] for name in MODALITIES)
+        return sum(factor[name.split("/")[0]] * weight for name, weight in self.weight.items())
 
 
 def agree(world: World, report: Report) -> Agreement:
@@ -61,15 +61,22 @@ def agree(world: World, report: Report) -> Agreement:
     values += [report.previous_loss.get(name, 0.0) for name in MODALITIES]
     values += [float(report.passed_over), float(report.stop), float(report.save), float(report.previous_broken)]
     values.append(report.wait_seconds)
+    flags, masked = 2 * len(MODALITIES), LOSSES[len(MODALITIES) :]
+    values += [part.get(name, 0.0) for part in (report.weight, report.previous_loss) for name in masked]
     rows = world.gather(values)
     sums = [sum(column) for column in zip(*rows, strict=True)]
-    count = len(MODALITIES)
+    count, last = len(MODALITIES), len(sums) - len(masked)
     return Agreement(
-        weight=dict(zip(MODALITIES, sums[:count], strict=True)),
-        previous_loss=dict(zip(MODALITIES, sums[count : 2 * count], strict=True)),
-        passed_over=round(sums[2 * count]),
-        stop=sums[2 * count + 1] > 0,
-        save=sums[2 * count + 2] > 0,
-        previous_broken=tuple(rank for rank, row in enumerate(rows) if row[2 * count + 3] > 0),
-        wait_seconds=max(row[2 * count + 4] for row in rows),
+        weight=_told(sums[:count] + sums[flags + 5 : last]),
+        previous_loss=_told(sums[count : 2 * count] + sums[last:]),
+        passed_over=round(sums[flags]),
+        stop=sums[flags + 1] > 0,
+        save=sums[flags + 2] > 0,
+        previous_broken=tuple(rank for rank, row in enumerate(rows) if row[flags + 3] > 0),
+        wait_seconds=max(row[flags + 4] for row in rows),
     )
+
+
+def _told(sums: list[float]) -> dict[str, float]:
+    """By name: every modality, and the masked objective where any rank has something of it."""
+    return {name: value for name, value in zip(LOSSES, sums, strict=True) if name in MODALITIES or value != 0.0}

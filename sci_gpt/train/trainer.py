@@ -234,7 +234,7 @@ class Trainer:
             local = {modality: float(value.detach()) for modality, value in sums.items()}
             for modality, value in local.items():
                 totals[modality] = totals.get(modality, 0.0) + value
-            loss = torch.stack([factor[modality] * value for modality, value in sums.items()]).sum() * scale
+            loss = torch.stack([factor[name.split("/")[0]] * value for name, value in sums.items()]).sum() * scale
             if not all(math.isfinite(value) for value in local.values()):
                 loss = loss * math.nan  # a broken loss may have a finite gradient: make all ranks see it in the norm
             engine.backward(loss)
@@ -267,8 +267,8 @@ class Trainer:
         whole = pending.agreement.global_weight(factor)
         finite = whole > 0 and not agreement.previous_broken
         losses = agreement.previous_loss
-        record["loss"] = sum(factor[m] * losses[m] for m in losses) / whole if finite else None
-        record["losses"] = {m: losses[m] / weight[m] for m in losses if weight[m] > 0} if finite else {}
+        record["loss"] = sum(factor[m.split("/")[0]] * losses[m] for m in losses) / whole if finite else None
+        record["losses"] = {m: losses[m] / weight[m] for m in losses if weight.get(m, 0.0) > 0} if finite else {}
         record["weights"] = weight
         if broken:
             ranks = agreement.previous_broken or tuple(range(len(pending.rows.dealt)))

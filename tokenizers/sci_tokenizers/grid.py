@@ -130,6 +130,24 @@ class GridTokenizer(Tokenizer):
         weight = self._patches(np.where(seen, area, 0.0)[None])[0]
         return (weight / max(weight.sum() / max(self._patches(seen[None]).sum(), 1), 1e-12)).astype(np.float32)
 
+    def cells(self, tokens: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """See `Tokenizer.cells`."""
+        whole = np.broadcast_to(tokens[:, :, None, None], (*tokens.shape, shape[1], self.settings.grid_patch**2))
+        return self._fields(whole, (shape[2], shape[3]))
+
+    def rescaled(self, tokens: Tokens, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """See `Tokenizer.rescaled`."""
+        transformed = np.stack(
+            [
+                forward_transform(sample.values[:, v].astype(np.float64), name)
+                for v, name in enumerate(sample.variables)
+            ],
+            axis=1,
+        )
+        valid = self._patches(sample.valid)
+        payload = (self._patches(transformed) - tokens.offset) / tokens.scale[:, :, None]
+        return np.where(valid, payload, 0.0).astype(np.float32), np.asarray(valid)
+
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled patches (..., F, S, V, p * p) to physical fields (..., time, variable, row, column)."""
         physical = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset

@@ -73,6 +73,8 @@ class Payload:
         unit_lead: int64 (U,), frames ahead.
         unit_weight: float32 (U,), importance of the document / its leads, 0 where nothing is valid.
         question: float32 (U, len(QUESTION_FEATURES)).
+        hidden_values, hidden_valid, hidden_weight: (H, V, K), what masked documents hide; `unit_target` counts them
+            after the N tokens, and their units have lead 0. H = 0 without masked documents.
     """
 
     index: np.ndarray
@@ -95,6 +97,9 @@ class Payload:
     unit_lead: np.ndarray
     unit_weight: np.ndarray
     question: np.ndarray
+    hidden_values: np.ndarray
+    hidden_valid: np.ndarray
+    hidden_weight: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,7 @@ class Batch:
         features: float32 (T, len(TOKEN_FEATURES)), NaN where unknown.
         payloads: {modality: Payload}, only modalities that are present.
         spans: per document (start, frames, slots) in the flat batch.
+        causal: per document whether a token sees no later frame; masked documents see all of theirs.
         keys: per document its sample key.
         numbers: per document its sample number in the run (-1 outside a run).
     """
@@ -123,6 +129,7 @@ class Batch:
     features: np.ndarray
     payloads: dict[str, Payload]
     spans: tuple[tuple[int, int, int], ...]
+    causal: tuple[bool, ...]
     keys: tuple[str, ...]
     numbers: tuple[int, ...]
 
@@ -186,6 +193,7 @@ def collate(
         features=features,
         payloads=payloads,
         spans=tuple(spans),
+        causal=tuple(tokens.masked is None for documents in rows for tokens in documents),
         keys=tuple(keys),
         numbers=tuple(flat_numbers),
         **columns,
@@ -210,7 +218,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
     width = max(tokens.payload.shape[2] for _, tokens in parts)
     bounded = any(np.isfinite(_lower_bounds(tokens)).any() for _, tokens in parts)
     fields: dict[str, list[np.ndarray]] = {}
-    first = 0
+    first, found = 0, sum(tokens.num_tokens for _, tokens in parts)  # of hidden tokens: after all the others
     for start, tokens in parts:
         frames = tokens.num_context if context_only else tokens.num_frames
         count = frames * tokens.num_slots
@@ -229,15 +237,19 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             else np.zeros(len(lead), np.int64),
             "unit_lead": lead,
             "unit_weight": (tokens.importance * valid / len(tokens.leads)).astype(np.float32),
+            **_hidden(tokens, width),
             "question": np.stack(
                 [
-                    np.log(tokens.time[target] - tokens.time[origin]),
+                    _log_ahead(tokens, origin, target),
                     tokens.frame_features[target, 0],
                     tokens.frame_features[target, 1],
                 ],
                 axis=1,
             ).astype(np.float32),
         }
+        if tokens.masked is not None:
+            flat |= _asked_hidden(tokens, origin, slot=slot, first=found)
+            found += len(origin)
         for name, array in flat.items():
             fields.setdefault(name, []).append(array)
         first += count
@@ -305,6 +317,9 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
 
     Origins start at the last context frame, since the scales know all frames before it.
     """
+    if tokens.masked is not None:
+        origin, slot = np.nonzero(tokens.masked.hidden)
+        return origin, origin, np.zeros_like(origin), slot, tokens.masked.valid.any(axis=(2, 3))[origin, slot]
     last = tokens.num_context - 1
     origins = np.array([last]) if context_only else np.arange(last, tokens.num_frames)
     origin, lead = np.meshgrid(origins, np.array(tokens.leads), indexing="ij")
@@ -316,3 +331,35 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     target = origin + lead
     answered = np.asarray((tokens.valid & (tokens.weight > 0)).any(axis=(2, 3)))
     return origin, target, lead, slot, answered[target, slot]
+
+
+def _log_ahead(tokens: Tokens, origin: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Logarithm of the seconds ahead of each unit; NaN, unknown, where a hidden token is asked for itself."""
+    if tokens.masked is not None:
+        return np.full(len(origin), np.nan)
+    return np.asarray(np.log(tokens.time[target] - tokens.time[origin]))
+
+
+def _hidden(tokens: Tokens, width: int) -> dict[str, np.ndarray]:
+    """What a document hides, (H, V, K) each, frame by frame; H = 0 for a document that hides nothing."""
+    if tokens.masked is None:
+        none = np.zeros((0, width, tokens.payload.shape[3]), np.float32)
+        return {"hidden_values": none, "hidden_valid": none.astype(bool), "hidden_weight": none}
+    frame, slot = np.nonzero(tokens.masked.hidden)
+    return {
+        "hidden_values": _wide(tokens.masked.truth[frame, slot], width, fill=0.0),
+        "hidden_valid": _wide(tokens.masked.valid[frame, slot], width, fill=False),
+        "hidden_weight": _wide(tokens.weight[slot], width, fill=0.0),
+    }
+
+
+def _asked_hidden(tokens: Tokens, frame: np.ndarray, *, slot: np.ndarray, first: int) -> dict[str, np.ndarray]:
+    """Targets and weights of a masked document's units: a hidden value weighs what it is worth, so a token counts by
+    its share of valid values.
+    """
+    assert tokens.masked is not None
+    weight = (tokens.weight[slot] * tokens.masked.valid[frame, slot]).mean(axis=(1, 2))
+    return {
+        "unit_target": first + np.arange(len(frame)),
+        "unit_weight": (tokens.importance * weight).astype(np.float32),
+    }

@@ -13,6 +13,14 @@ Modality = Literal["grid", "series", "trace"]
 MODALITIES: tuple[str, ...] = get_args(Modality)
 
 
+def masked_name(modality: str) -> str:
+    """What the masked objective of a modality is called in records, beside the modality itself for the next frame."""
+    return f"{modality}/masked"
+
+
+LOSSES: tuple[str, ...] = (*MODALITIES, *(masked_name(name) for name in MODALITIES))
+
+
 class SampleError(ValueError):
     """A sample breaks one of its own rules; the message names the rule, the sample and the offending value."""
 

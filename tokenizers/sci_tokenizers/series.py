@@ -137,6 +137,24 @@ class SeriesTokenizer(Tokenizer):
         """See `Tokenizer.ids_of`."""
         return self.quantizer.bins.ids(payload[..., 0, 0], valid[..., 0, 0])
 
+    def cells(self, tokens: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """See `Tokenizer.cells`."""
+        return tokens.reshape(shape)
+
+    def rescaled(self, tokens: Tokens, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """See `Tokenizer.rescaled`; the payload holds the centres of the ids' bins."""
+        valid = sample.valid[:, :, 0, 0]
+        transformed = np.stack(
+            [
+                forward_transform(sample.values[:, s, 0, 0].astype(np.float64), name)
+                for s, name in enumerate(sample.variables)
+            ],
+            axis=1,
+        )
+        ids = self.quantizer.bins.ids((transformed - tokens.offset[:, :, 0, 0]) / tokens.scale[:, 0], valid)
+        payload = np.where(valid, self.quantizer.bins.centres(ids), 0.0).astype(np.float32)
+        return payload[:, :, None, None], valid[:, :, None, None]
+
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled values (..., F, S, 1, 1) to physical (..., time, variable, 1, 1)."""
         transformed = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset

@@ -105,6 +105,14 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def cells(self, tokens: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Which values of a sample of this shape lie in tokens (F, S) that are True: bool, of that shape."""
+
+    @abstractmethod
+    def rescaled(self, tokens: Tokens, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Payload and valid (F, S, V, K) of the same window with other values, by the scales that `tokens` have."""
+
+    @abstractmethod
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled payloads (..., F, S, V, K) of a document's frames to physical values (..., time, variable, row,
         column).

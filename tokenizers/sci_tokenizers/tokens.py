@@ -17,6 +17,21 @@ class TokensError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masked:
+    """What a masked document hides and asks for.
+
+    Attributes:
+        hidden: bool (F, S), tokens whose values the document does not hold.
+        truth: float32 (F, S, V, K), what they hold, scaled as the document is; 0 where not valid.
+        valid: bool, same shape: True only in hidden tokens.
+    """
+
+    hidden: np.ndarray
+    truth: np.ndarray
+    valid: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """One document: F frames in order, S slots in each; V variables of K values in a token.
 
@@ -44,6 +59,8 @@ class Tokens:
         log_scale: float32 (S, V), natural logarithm of the scale in physical units; NaN for uncalibrated counts.
         log_level: float32 (S, V), logarithm of each variable's level, NaN where it has none; None: one level for all of
             a slot's variables, which `slot_features` tells.
+        masked: what the document hides: its hidden tokens are asked for themselves, and attention sees all frames;
+            None: the next frames are asked for.
         pile: float32 (S, V), the scaled value at which a variable piles up (dry hours); NaN where it does not.
         offset: float32 (F, S, V, K), scale: float32 (S, V): how to decode.
         time: float64 (F,), end of each frame, seconds since 1970 on the corpus calendar.
@@ -81,6 +98,7 @@ class Tokens:
     size: tuple[int, int] = (1, 1)
     period: int = 0
     log_level: np.ndarray | None = None
+    masked: Masked | None = None
 
     def __post_init__(self) -> None:
         if self.payload.ndim != 4:

@@ -110,6 +110,20 @@ class TraceTokenizer(Tokenizer):
         """See `Tokenizer.arrange`."""
         return values[..., 0].transpose(0, 3, 2, 1)  # b r c n
 
+    def cells(self, tokens: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """See `Tokenizer.cells`."""
+        return np.broadcast_to(np.repeat(tokens, self.frame_times, axis=0)[:, None, :, None], shape)
+
+    def rescaled(self, tokens: Tokens, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """See `Tokenizer.rescaled`."""
+        frames, n = tokens.num_frames, self.frame_times
+        values, valid = (
+            x[..., 0].reshape(frames, n, *x.shape[1:3]).transpose(0, 3, 2, 1)  # f r c n
+            for x in (sample.values.astype(np.float64), sample.valid)
+        )
+        payload = (values - tokens.offset) / tokens.scale[:, :, None]
+        return np.where(valid, payload, 0.0).astype(np.float32), valid
+
     def decode(self, tokens: Tokens, payload: np.ndarray) -> np.ndarray:
         """Scaled samples (..., F, receivers, components, n) to physical (..., time, component, receiver, 1)."""
         physical = payload.astype(np.float64) * tokens.scale[:, :, None] + tokens.offset
