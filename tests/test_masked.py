@@ -15,7 +15,7 @@ from sci_gpt.model.init import initialize
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs, to_inputs
 from sci_gpt.model.loss import valid_weights, weighted_sums
 from sci_gpt.model.shapes import SHAPES
-from sci_gpt.model.transformer import ModelSettings, build_model
+from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.recipes import parts
 from sci_tokenizers.masked import interpolated, masked_tokens, tubes
 from sci_tokenizers.packing import collate
@@ -113,7 +113,7 @@ def test_only_hidden_values_are_asked_each_by_its_weight(modality: str) -> None:
     assert not inputs.groups[0].causal
 
 
-def small_model() -> torch.nn.Module:
+def small_model() -> SciGPT:
     """A tiny model with its initial weights."""
     model = build_model(SHAPES["tiny"], ModelSettings(tokenizer=SETTINGS))
     initialize(model, seed=1)

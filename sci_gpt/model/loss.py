@@ -174,7 +174,8 @@ def weighted_sums(
     sums: dict[str, Tensor] = {}
     for modality, prediction in predictions.items():
         payload = inputs.payloads[modality]
-        sums |= _parted(modality, unit_losses(prediction, payload, settings=settings) * payload.unit_weight, payload)
+        weighted = unit_losses(prediction, payload, settings=settings) * payload.unit_weight
+        sums |= _parted(modality, weighted, payload=payload)
     return sums
 
 
@@ -182,11 +183,11 @@ def valid_weights(inputs: ModelInputs) -> dict[str, float]:
     """Sum of unit weights per modality present: known before the forward pass, summed over ranks once per step."""
     weights: dict[str, float] = {}
     for modality, payload in inputs.payloads.items():
-        weights |= {name: float(x) for name, x in _parted(modality, payload.unit_weight, payload).items()}
+        weights |= {name: float(x) for name, x in _parted(modality, payload.unit_weight, payload=payload).items()}
     return weights
 
 
-def _parted(modality: str, per_unit: Tensor, payload: PayloadInputs) -> dict[str, Tensor]:
+def _parted(modality: str, per_unit: Tensor, *, payload: PayloadInputs) -> dict[str, Tensor]:
     """Sum over the next-frame units of a modality, and beside it over the masked ones where there are any."""
     if not len(payload.hidden_values):
         return {modality: per_unit.sum()}

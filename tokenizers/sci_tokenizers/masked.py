@@ -71,7 +71,7 @@ def _asked(tokens: Tokens, masked: Masked) -> Tokens:
     """The document with the anchors of its hidden tokens; what a head leans on is counted from them."""
     floor = _SPREAD_FLOOR[tokens.modality]
     if tokens.modality == "trace":
-        seen = tokens.valid.any(axis=-1, keepdims=True)
+        seen = np.asarray(tokens.valid.any(axis=-1, keepdims=True))
         power = (tokens.payload**2 * tokens.valid).sum(-1, keepdims=True) / np.maximum(
             tokens.valid.sum(-1)[..., None], 1
         )

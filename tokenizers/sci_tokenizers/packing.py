@@ -240,7 +240,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             **_hidden(tokens, width),
             "question": np.stack(
                 [
-                    _log_ahead(tokens, origin, target),
+                    _log_ahead(tokens, origin, target=target),
                     tokens.frame_features[target, 0],
                     tokens.frame_features[target, 1],
                 ],
@@ -319,7 +319,8 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     """
     if tokens.masked is not None:
         origin, slot = np.nonzero(tokens.masked.hidden)
-        return origin, origin, np.zeros_like(origin), slot, tokens.masked.valid.any(axis=(2, 3))[origin, slot]
+        answered = np.asarray(tokens.masked.valid.any(axis=(2, 3)))
+        return origin, origin, np.zeros_like(origin), slot, answered[origin, slot]
     last = tokens.num_context - 1
     origins = np.array([last]) if context_only else np.arange(last, tokens.num_frames)
     origin, lead = np.meshgrid(origins, np.array(tokens.leads), indexing="ij")
@@ -333,7 +334,7 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     return origin, target, lead, slot, answered[target, slot]
 
 
-def _log_ahead(tokens: Tokens, origin: np.ndarray, target: np.ndarray) -> np.ndarray:
+def _log_ahead(tokens: Tokens, origin: np.ndarray, *, target: np.ndarray) -> np.ndarray:
     """Logarithm of the seconds ahead of each unit; NaN, unknown, where a hidden token is asked for itself."""
     if tokens.masked is not None:
         return np.full(len(origin), np.nan)
