@@ -239,18 +239,17 @@ def test_rotary_angles_are_those_of_frame_row_and_column() -> None:
     found = Rotary.of(inputs, WIDTH)
     x = drawn(inputs)[0]
     turned = found.turn(x)
-    half = WIDTH // 2
+    half = WIDTH // 2  # pairs of neighbouring channels
     shares = (("frame", half // 2), ("row", half // 4), ("column", half - half // 2 - half // 4))
     for token in range(18):
         place, pair = {"frame": token // 6, "row": token // 3 % 2, "column": token % 3}, 0
         for name, count in shares:
             for number in range(count):
                 angle = place[name] * 1000.0 ** (-number / count)
-                plane = complex(x[token, 1, pair], x[token, 1, pair + half])
+                plane = complex(x[token, 1, 2 * pair], x[token, 1, 2 * pair + 1])
                 expected = plane * complex(math.cos(angle), math.sin(angle))
-                assert complex(turned[token, 1, pair], turned[token, 1, pair + half]) == pytest.approx(
-                    expected, abs=1e-5
-                )
+                found_there = complex(turned[token, 1, 2 * pair], turned[token, 1, 2 * pair + 1])
+                assert found_there == pytest.approx(expected, abs=1e-5)
                 pair += 1
 
 
