@@ -120,12 +120,7 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
             left_out[entry.source] = "no good window of its test (or training) split fits; nothing can be said of it"
             print(f"evaluate {entry.source}: left out: {left_out[entry.source]}", flush=True)
             continue
-        left_out |= {
-            f"{entry.source} {channel}": "an angle or a category has no absolute error; give it as components"
-            for number, channel in enumerate(contest.test.channels)
-            if number not in scored_channels(contest.test)
-        }
-        left_out |= poor_windows(contest.test)
+        left_out |= unscored(contest.test) | poor_windows(contest.test)
         calibrations[entry.source] = calibrate(
             store, contest.test, model=loaded.predictor, task=contest.task, settings=config.evaluate
         )
@@ -235,6 +230,15 @@ def open_contest(
         flush=True,
     )
     return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines), train
+
+
+def unscored(test: WindowSet) -> dict[str, str]:
+    """Channels without a score, as entries of `left_out`."""
+    return {
+        f"{test.source} {channel}": "an angle or a category has no absolute error; give it as components"
+        for number, channel in enumerate(test.channels)
+        if number not in scored_channels(test)
+    }
 
 
 def poor_windows(test: WindowSet) -> dict[str, str]:

@@ -246,7 +246,14 @@ def _forecast(parsed: argparse.Namespace) -> int:
         columns=parsed.columns,
     )
     with progress(parsed.json):
-        report = forecast_file(parsed.model, parsed.input, horizon=parsed.horizon, out=parsed.out, options=options)
+        report = forecast_file(
+            parsed.model,
+            parsed.input,
+            horizon=parsed.horizon,
+            out=parsed.out,
+            options=options,
+            calibrated=parsed.calibrated,
+        )
     return print_result(report, as_json=parsed.json)
 
 

@@ -134,6 +134,10 @@ class Calibration:
     fingerprint: str
     sources: Mapping[str, SourceCalibration]
 
+    def belongs_to(self, step: int, fingerprint: str) -> bool:
+        """Is it of these weights?"""
+        return (self.step, self.fingerprint) == (step, fingerprint)
+
     def write(self, path: Path) -> None:
         """Write as JSON."""
         sources = {name: part.as_json() for name, part in self.sources.items()}
