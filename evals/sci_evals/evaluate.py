@@ -12,12 +12,16 @@ import numpy as np
 
 from sci_evals.baseline import Forecast
 from sci_evals.baselines import forecast_baselines
+from sci_evals.coverage import Coverage, coverage_rows
 from sci_evals.exhibits import Exhibit, make_exhibits
 from sci_evals.metrics import LEVELS
+from sci_evals.recalibration import calibrate
 from sci_evals.report import write_report
 from sci_evals.results import (
     ANCHOR,
+    CALIBRATED,
     LEARNED,
+    RECALIBRATED,
     SHUFFLED,
     TRAINED,
     UNTRAINED,
@@ -41,6 +45,7 @@ from sci_evals.windowset import WindowSet, WindowShape, read_windows
 from sci_gpt.config import MixtureEntry, PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, DataError
+from sci_gpt.model.calibration import SourceCalibration
 from sci_gpt.recipes.load import LoadedModel, load_model
 from sci_gpt.recipes.parts import tokenizer_settings
 from sci_tokenizers.table import make_tokenizer
@@ -59,9 +64,9 @@ class Contest:
     forecasts: dict[str, Forecast]
     baselines: dict[str, WindowScores]
 
-    def over_anchor(self, models: Mapping[str, WindowScores]) -> Contest:
-        """The same windows with the anchor as the only one to beat: what is gained over it was learned."""
-        return replace(self, baselines={ANCHOR: models[ANCHOR]})
+    def over(self, name: str, models: Mapping[str, WindowScores]) -> Contest:
+        """The same windows with one of the models as the only one to beat: over the anchor, what was learned."""
+        return replace(self, baselines={name: models[name]})
 
     def rows(self, models: Mapping[str, WindowScores], *, config: PretrainConfig, index: np.ndarray) -> list[Score]:
         """Models, scored on the windows `index`, against the baselines on the same windows."""
@@ -74,10 +79,19 @@ class Contest:
             bootstrap=self.task.bootstrap(windows, config.evaluate),
         )
 
+    def coverage(self, models: Mapping[str, WindowScores], *, config: PretrainConfig) -> list[Coverage]:
+        """Coverage of the models' bands and of every baseline's, on all windows."""
+        return coverage_rows(
+            self.test,
+            {**models, **self.baselines},
+            lead_groups=self.task.lead_groups(self.test),
+            bootstrap=self.task.bootstrap(self.test, config.evaluate),
+        )
+
 
 def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
-    """Score a run, print the table, write `run`/report/{evaluation.json, evaluation.csv, report.html, *.png}, log to
-    MLflow.
+    """Score a run, print the table, write `run`/report/{evaluation.json, evaluation.csv, calibration.json, report.html,
+    *.png}, log to MLflow.
 
     Args:
         config: of the run: its mixture says which sources and windows, `evaluate` how many.
@@ -96,25 +110,22 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     models = {TRAINED: loaded.predictor, ANCHOR: loaded.anchor().predictor, UNTRAINED: start.predictor}
     control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
     rows: list[Score] = []
+    coverage: list[Coverage] = []
     exhibits: list[Exhibit] = []
     left_out: dict[str, str] = {}
+    calibrations: dict[str, SourceCalibration | None] = {}
     for entry in config.mixture:
         contest, train = open_contest(store, entry, config=config)
         if contest is None or train is None:
             left_out[entry.source] = "no good window of its test (or training) split fits; nothing can be said of it"
             print(f"evaluate {entry.source}: left out: {left_out[entry.source]}", flush=True)
             continue
-        left_out |= {
-            f"{entry.source} {channel}": "an angle or a category has no absolute error; give it as components"
-            for number, channel in enumerate(contest.test.channels)
-            if number not in scored_channels(contest.test)
-        }
-        left_out |= poor_windows(contest.test)
-        every, some = np.arange(contest.test.num_windows), control_windows(contest.test.num_windows)
-        whole = score_models(models, contest.test, only={UNTRAINED: some})
-        rows += contest.rows({name: whole[name] for name in (TRAINED, ANCHOR)}, config=config, index=every)
-        rows += contest.over_anchor(whole).rows({LEARNED: whole[TRAINED]}, config=config, index=every)
-        rows += contest.rows({UNTRAINED: whole[UNTRAINED]}, config=config, index=some)
+        left_out |= unscored(contest.test) | poor_windows(contest.test)
+        calibrations[entry.source] = calibrate(
+            store, contest.test, model=loaded.predictor, task=contest.task, settings=config.evaluate
+        )
+        own, covered = score_contest(contest, models, config=config, calibration=calibrations[entry.source])
+        rows, coverage = rows + own, coverage + covered
         if control is not None:
             rows += score_shuffled(contest, train, control=control, config=config)
         exhibits += make_exhibits(
@@ -125,6 +136,9 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         run=run,
         step=loaded.step,
         rows=tuple(rows),
+        coverage=tuple(coverage),
+        calibrations=calibrations,
+        fingerprint=loaded.fingerprint,
         left_out=left_out,
         exhibits=tuple(exhibits),
         manifest=store.manifest,
@@ -134,6 +148,32 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
     return {"rows": plain_rows(rows), "left_out": left_out, "report": str(report), "seconds": round(seconds, 1)}
+
+
+def score_contest(
+    contest: Contest,
+    models: Mapping[str, QuantileModel],
+    *,
+    config: PretrainConfig,
+    calibration: SourceCalibration | None,
+) -> tuple[list[Score], list[Coverage]]:
+    """A source's rows, and the coverage of the bands: model, anchor, what was learned, what calibration changes, and
+    the untrained control.
+
+    Args:
+        models: `TRAINED` (first), `ANCHOR` and `UNTRAINED`.
+        calibration: of this source; None where it has none.
+    """
+    total = contest.test.num_windows
+    every, some = np.arange(total), control_windows(total)
+    whole = score_models(models, contest.test, only={UNTRAINED: some}, calibration=calibration)
+    rows = contest.rows({name: whole[name] for name in (TRAINED, ANCHOR)}, config=config, index=every)
+    rows += contest.over(ANCHOR, whole).rows({LEARNED: whole[TRAINED]}, config=config, index=every)
+    if calibration is not None:
+        rows += contest.over(TRAINED, whole).rows({RECALIBRATED: whole[CALIBRATED]}, config=config, index=every)
+    rows += contest.rows({UNTRAINED: whole[UNTRAINED]}, config=config, index=some)
+    banded = {name: whole[name] for name in (TRAINED, CALIBRATED, ANCHOR) if name in whole}
+    return rows, contest.coverage(banded, config=config)
 
 
 def publish(results: Results) -> Path:
@@ -192,6 +232,15 @@ def open_contest(
     return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines), train
 
 
+def unscored(test: WindowSet) -> dict[str, str]:
+    """Channels without a score, as entries of `left_out`."""
+    return {
+        f"{test.source} {channel}": "an angle or a category has no absolute error; give it as components"
+        for number, channel in enumerate(test.channels)
+        if number not in scored_channels(test)
+    }
+
+
 def poor_windows(test: WindowSet) -> dict[str, str]:
     """What rules of quality cost of a source's test windows, as an entry of `left_out`; empty where nothing."""
     if not test.left_out:
@@ -206,7 +255,11 @@ def score_model(model: QuantileModel, windows: WindowSet) -> WindowScores:
 
 
 def score_models(
-    models: Mapping[str, QuantileModel], windows: WindowSet, *, only: Mapping[str, np.ndarray] | None = None
+    models: Mapping[str, QuantileModel],
+    windows: WindowSet,
+    *,
+    only: Mapping[str, np.ndarray] | None = None,
+    calibration: SourceCalibration | None = None,
 ) -> dict[str, WindowScores]:
     """Scores of several models on the same windows, which are encoded once: a chunk at a time, by the first of them.
 
@@ -214,9 +267,11 @@ def score_models(
         models: of one tokenizer and the same statistics.
         windows: to score.
         only: {model: ascending numbers of the windows that it is scored on}; every one where a model is not named.
+        calibration: of the source: the trained model's quantiles after it are scored too, as `CALIBRATED`.
     """
     shape, reader = windows.shape, next(iter(models.values()))
-    parts: dict[str, list[WindowScores]] = {name: [] for name in models}
+    names = [*models, *([CALIBRATED] if calibration is not None else [])]
+    parts: dict[str, list[WindowScores]] = {name: [] for name in names}
     for first in range(0, windows.num_windows, _CHUNK):
         numbers = np.arange(first, min(first + _CHUNK, windows.num_windows))
         samples = list(windows.take(numbers).samples())
@@ -226,6 +281,12 @@ def score_models(
             if len(own):
                 answers = model.answers([documents[i - first] for i in own], levels=LEVELS)
                 parts[name].append(score_quantiles(windows.take(own), answers))
+                if name == TRAINED and calibration is not None:
+                    moved = [
+                        calibration.apply(part, levels=LEVELS, leads=shape.leads, channels=windows.channels)
+                        for part in answers
+                    ]
+                    parts[CALIBRATED].append(score_quantiles(windows.take(own), moved))
     return {name: WindowScores.concatenate(pieces) for name, pieces in parts.items()}
 
 

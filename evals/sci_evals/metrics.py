@@ -1,4 +1,4 @@
-"""Metrics on plain arrays: point errors, anomaly correlation, CRPS of three kinds, scaled and quantile losses."""
+"""Metrics on plain arrays: point errors, anomaly correlation, CRPS of three kinds, coverage, quantile losses."""
 
 from __future__ import annotations
 
@@ -174,6 +174,8 @@ def midpoint_levels(count: int) -> tuple[float, ...]:
 # 0.1, 0.5 and 0.9 are among them.
 LEVELS = midpoint_levels(45)
 MEDIAN = LEVELS.index(0.5)
+# Central bands whose coverage is scored.
+BANDS = (0.5, 0.9)
 
 
 def crps_from_quantiles_values(
@@ -203,6 +205,53 @@ def crps_from_quantiles(
 ) -> float:
     """Weighted mean of `crps_from_quantiles_values`; quantiles (level, time, row, column)."""
     return weighted_mean(crps_from_quantiles_values(np.asarray(quantiles), np.asarray(truth), levels=levels), weights)
+
+
+def quantile_at(quantiles: Sequence[np.ndarray] | np.ndarray, level: float, *, levels: ArrayLike) -> np.ndarray:
+    """The quantile at a level between those given, linear between its neighbours.
+
+    Args:
+        quantiles: (level, ..).
+        levels: (level,), ascending, with `level` inside.
+    """
+    known = np.asarray(levels, np.float64)
+    upper = min(max(int(np.searchsorted(known, level)), 1), len(known) - 1)
+    share = (level - known[upper - 1]) / (known[upper] - known[upper - 1])
+    # An atom's neighbours are equal, and so is what lies between them: to the bit, since a tie is asked for.
+    return np.asarray(quantiles[upper - 1] + share * (quantiles[upper] - quantiles[upper - 1]))
+
+
+def covered_values(
+    quantiles: Sequence[np.ndarray] | np.ndarray, truth: np.ndarray, *, levels: ArrayLike, nominal: float
+) -> np.ndarray:
+    """Share of each truth inside the central band that should hold `nominal` of them: 1 inside, 0 outside.
+
+    A truth that equals an end of the band lies on an atom of the forecast (a dry hour) and counts by the part of the
+    atom's probability that the band holds: the mean over the randomised probability integral transform (Czado,
+    Gneiting and Held 2009). So the mean is `nominal` for a calibrated forecast, atoms or not.
+
+    Args:
+        quantiles: (level, ..); truth: (..), NaN where missing (0 comes back).
+        levels: (level,), of `midpoint_levels`.
+        nominal: 0.5 for the band from the quantile at 0.25 to that at 0.75.
+    """
+    ends = ((1.0 - nominal) / 2.0, (1.0 + nominal) / 2.0)
+    low, high = (_share_below(quantiles, truth, levels=levels, level=level) for level in ends)
+    return np.asarray(high - low)
+
+
+def _share_below(
+    quantiles: Sequence[np.ndarray] | np.ndarray, truth: np.ndarray, *, levels: ArrayLike, level: float
+) -> np.ndarray:
+    """Share of each truth (..) below the quantile at `level`."""
+    bound = quantile_at(quantiles, level, levels=levels)
+    share = (truth < bound).astype(np.float64)
+    tied = truth == bound
+    if tied.any():
+        atoms, values = np.stack([np.broadcast_to(part, truth.shape)[tied] for part in quantiles]), truth[tied]
+        less, upto = (atoms < values).mean(axis=0), (atoms <= values).mean(axis=0)
+        share[tied] = np.clip((level - less) / np.where(upto > less, upto - less, np.inf), 0.0, 1.0)
+    return share
 
 
 def spread_skill_ratio(ensemble: ArrayLike, truth: ArrayLike, *, weights: ArrayLike | None = None) -> float:

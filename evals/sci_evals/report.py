@@ -11,8 +11,19 @@ from matplotlib.figure import Figure
 
 from sci_evals.exhibits import Exhibit, MapExhibit, SeriesExhibit
 from sci_evals.figures import save
+from sci_evals.plot_coverage import draw_coverage
 from sci_evals.plots import draw_map, draw_series, draw_skill, draw_training, draw_wave
-from sci_evals.results import TRAINED, Results, cells, columns, headline, table_rows
+from sci_evals.results import (
+    COVERAGE_COLUMNS,
+    TRAINED,
+    Results,
+    cells,
+    columns,
+    coverage_table,
+    headline,
+    table_rows,
+    uncalibrated,
+)
 from sci_gpt.recipes.coastline import SOURCE as COASTLINE_SOURCE
 from sci_gpt.train.run_folder import LOG, read_lines
 
@@ -44,6 +55,11 @@ _TRAINING_CAPTION = """
 Training: loss per modality, each in its own unit, and skill on validation windows against the baselines that a batch
 holds (persistence, the head's anchor and the offset, weaker than those of the table).
 """
+_COVERAGE_CAPTION = """
+Coverage: the share of the test truth inside the 50 % and 90 % bands (vertical lines), per source and lead, channels
+together, with {interval} block-bootstrap intervals: the model, the model after its spread was set on the validation
+split, and the best of the baselines in CRPS at that lead.
+"""
 _METHOD = """
 Truth is the raw data in physical units, neither quantized nor clipped; missing values count nowhere; grid cells count
 by their area.
@@ -66,6 +82,11 @@ calibrated Gaussian.
 Traces are scored record by record in counts, and over the context's root mean square (scaled crps); their pooled rows
 are geometric means over records and components.
 
+A band that covers less than its name is too narrow. A truth that equals an end of a band (a dry hour) counts by the
+part of the forecast's probability there that the band holds. calibrated: factors on the spread below and above the
+median, per source, channel and lead, with which the bands cover what they should on the validation split, which holds
+no test data; drawn to 1 where validation holds few independent blocks. All other scores are of the model as it is.
+
 untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
 shuffled in time, against baselines fitted and scored on such windows. Neither should show skill. Both are scored on a
 fixed subset of the windows (their number stands in the row). anchor is what the model's heads correct, alone: a linear
@@ -83,7 +104,7 @@ def write_report(results: Results, folder: Path) -> Path:
         text = html.escape(" ".join(caption.split()))
         source = f"data:image/png;base64,{image}"
         figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
-    parts = [_head(results), *figures[:1], _table(results), "<h2>Figures</h2>", *figures[1:]]
+    parts = [_head(results), *figures[:1], _table(results), _coverage(results), "<h2>Figures</h2>", *figures[1:]]
     parts += [_method(), _sources(results)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -102,6 +123,7 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure, str]]:
     if results.rows:
         interval = f"{100 * results.config.evaluate.interval:g} %"
         yield "skill", draw_skill(results.rows), _SKILL_CAPTION.format(interval=interval)
+        yield "coverage", draw_coverage(results.coverage, results.rows), _COVERAGE_CAPTION.format(interval=interval)
     training = draw_training(read_lines(results.run / LOG))
     if training is not None:
         yield "training", training, _TRAINING_CAPTION
@@ -164,6 +186,16 @@ def _table(results: Results) -> str:
     left = "".join(f"<p>{html.escape(name)}: {html.escape(why)}.</p>" for name, why in results.left_out.items())
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f"<h2>Scores</h2><div class='wide'>{table}</div>{left}"
+
+
+def _coverage(results: Results) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in COVERAGE_COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in coverage_table(results)
+    )
+    left = "".join(f"<p>{html.escape(name)}: {html.escape(why)}.</p>" for name, why in uncalibrated(results).items())
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<h2>Coverage</h2><div class='wide'>{table}</div>{left}"
 
 
 def _method() -> str:

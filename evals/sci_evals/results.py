@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sci_evals.coverage import Coverage, coverage_headline
 from sci_evals.exhibits import Exhibit
 from sci_evals.scores import ALL, Score
 from sci_gpt.config import PretrainConfig
+from sci_gpt.model.calibration import CALIBRATION, Calibration, SourceCalibration
 from sci_gpt.train.run_folder import TRACKING
 from sci_gpt.train.tracker import warn_untracked
 
 TRAINED, UNTRAINED, ANCHOR, SHUFFLED = "trained", "untrained", "anchor", "time-shuffled"
 LEARNED = "trained over anchor"
+CALIBRATED, RECALIBRATED = "calibrated", "calibrated over trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class Results:
         step: of the checkpoint that was scored.
         config: of the run.
         rows: scores of all models, in the order of the table.
+        coverage: of the bands of models and baselines.
+        calibrations: {source: factors fitted on its validation split; None where it has no such windows}.
+        fingerprint: of the data that the model was trained on.
         left_out: {source: why it has no score}.
         exhibits: examples to draw.
         manifest: the store's, with licences and citations.
@@ -41,6 +47,9 @@ class Results:
     step: int
     config: PretrainConfig
     rows: tuple[Score, ...]
+    coverage: tuple[Coverage, ...]
+    calibrations: dict[str, SourceCalibration | None]
+    fingerprint: str
     left_out: dict[str, str]
     exhibits: tuple[Exhibit, ...]
     manifest: dict[str, Any]
@@ -100,6 +109,59 @@ def cells(row: Score) -> tuple[str, ...]:
     )
 
 
+COVERAGE_COLUMNS = ("source", "model", "region", "channel", "lead", "band", "holds", "interval", "windows", "blocks")
+
+
+def coverage_table(results: Results) -> list[tuple[str, ...]]:
+    """Lines of the table of coverage: every row of the trained model, before and after calibration, and the headlines
+    of the others.
+    """
+    heads = set(map(id, coverage_headline(results.coverage)))
+    return [
+        (
+            row.source,
+            row.model,
+            row.region,
+            row.channel,
+            row.lead,
+            f"{100 * row.nominal:g} %",
+            f"{100 * row.coverage:.1f} %",
+            "one block" if math.isnan(row.low) else f"[{100 * row.low:.1f}, {100 * row.high:.1f}]",
+            str(row.num_windows),
+            str(row.num_blocks),
+        )
+        for row in results.coverage
+        if row.model in (TRAINED, CALIBRATED) or id(row) in heads
+    ]
+
+
+def uncalibrated(results: Results) -> dict[str, str]:
+    """{source: why it was not recalibrated}."""
+    return {
+        source: "no good window in its validation split: not recalibrated"
+        for source, calibration in results.calibrations.items()
+        if calibration is None
+    }
+
+
+def print_coverage(results: Results) -> None:
+    """Coverage of the trained model's bands before and after calibration, pooled by source and lead."""
+    heads = coverage_headline(results.coverage)
+    after = {
+        (row.source, row.region, row.channel, row.lead, row.nominal): row for row in heads if row.model == CALIBRATED
+    }
+    for row in heads:
+        if row.model != TRAINED:
+            continue
+        then = after.get((row.source, row.region, row.channel, row.lead, row.nominal))
+        text = f"; {100 * then.coverage:.1f} % after calibration on validation" if then else ""
+        print(
+            f"coverage {row.source} {row.lead}: the {100 * row.nominal:g} % band holds {100 * row.coverage:.1f} %{text}"
+        )
+    for source, reason in uncalibrated(results).items():
+        print(f"{source}: {reason}")
+
+
 def print_table(results: Results) -> None:
     """The table on standard output: skill = 1 - score / best baseline's score."""
     lines = [columns(results.config.evaluate.interval), *(cells(row) for row in table_rows(results.rows))]
@@ -111,15 +173,17 @@ def print_table(results: Results) -> None:
     print(
         "skill = 1 - score / score of the best baseline on the same windows, interval over resampled blocks; "
         f"{ANCHOR}: the fitted linear prior or autoregression that the model corrects, alone; {LEARNED}: against it "
-        f"instead of the baselines; {UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
+        f"instead of the baselines; {RECALIBRATED}: its spread set on validation, "
+        f"against itself as it was; {UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
     )
+    print_coverage(results)
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")
     sys.stdout.flush()
 
 
 def write_results(results: Results) -> Path:
-    """Write evaluation.json and evaluation.csv into `run`/report; the folder."""
+    """Write evaluation.json, evaluation.csv and calibration.json into `run`/report; the folder."""
     folder = results.run / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = plain_rows(results.rows)
@@ -130,12 +194,16 @@ def write_results(results: Results) -> Path:
         "interval": results.config.evaluate.interval,
         "left_out": results.left_out,
         "rows": rows,
+        "coverage": plain_rows(results.coverage),
+        "uncalibrated": uncalibrated(results),
     }
     (folder / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Score)])
         writer.writeheader()
         writer.writerows(rows)
+    fitted = {source: part for source, part in results.calibrations.items() if part is not None}
+    Calibration(step=results.step, fingerprint=results.fingerprint, sources=fitted).write(folder / CALIBRATION)
     return folder
 
 
@@ -170,11 +238,19 @@ def _metrics(results: Results, now: int) -> list[Any]:
         name = f"evaluation/{row.source}/{row.model}/{row.metric}/{row.lead}"
         for part, value in (("skill", row.skill), ("skill_low", row.low), ("skill_high", row.high)):
             if math.isfinite(value):
-                found.append(Metric(f"{re.sub(r'[^A-Za-z0-9_./ -]', '_', name)}/{part}", value, now, 0))
+                found.append(Metric(f"{_plain_name(name)}/{part}", value, now, 0))
+    for band in coverage_headline(results.coverage):
+        name = f"evaluation/{band.source}/{band.model}/coverage {100 * band.nominal:g}/{band.lead}"
+        found.append(Metric(_plain_name(name), band.coverage, now, 0))
     return found
 
 
-def plain_rows(rows: Iterable[Score]) -> list[dict[str, Any]]:
+def _plain_name(name: str) -> str:
+    """A metric's name in the letters that MLflow takes."""
+    return re.sub(r"[^A-Za-z0-9_./ -]", "_", name)
+
+
+def plain_rows(rows: Iterable[Score | Coverage]) -> list[dict[str, Any]]:
     """Rows for JSON, which has no NaN: None where a row has no single score, or no interval."""
 
     def plain(value: Any) -> Any:

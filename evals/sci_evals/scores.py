@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from sci_evals.baseline import Forecast
-from sci_evals.metrics import LEVELS, MEDIAN, crps_from_quantiles_values
+from sci_evals.metrics import BANDS, LEVELS, MEDIAN, covered_values, crps_from_quantiles_values
 from sci_evals.windowset import WindowSet
 from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Sample
@@ -45,14 +45,20 @@ class WindowScores:
     Attributes:
         total: {metric: float64 (N, lead, V)}, weighted sums over the frame's times and cells, in physical units.
         weight: float64 (N, lead, V), sum of the cells' weights where the truth is known.
+        covered: {nominal share of a central band: float64 (N, lead, V)}, weights of the values inside it.
     """
 
     total: dict[str, np.ndarray]
     weight: np.ndarray
+    covered: dict[float, np.ndarray] = field(default_factory=dict)
 
     def take(self, index: np.ndarray) -> WindowScores:
         """Those windows."""
-        return WindowScores(total={name: part[index] for name, part in self.total.items()}, weight=self.weight[index])
+        return WindowScores(
+            total={name: part[index] for name, part in self.total.items()},
+            weight=self.weight[index],
+            covered={band: part[index] for band, part in self.covered.items()},
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[WindowScores]) -> WindowScores:
@@ -60,6 +66,7 @@ class WindowScores:
         return cls(
             total={name: np.concatenate([part.total[name] for part in parts]) for name in parts[0].total},
             weight=np.concatenate([part.weight for part in parts]),
+            covered={band: np.concatenate([part.covered[band] for part in parts]) for band in parts[0].covered},
         )
 
 
@@ -121,11 +128,14 @@ def score_baseline(windows: WindowSet, forecast: Forecast) -> WindowScores:
     """
     truth = windows.truth
     crps, error = np.empty(truth.shape), np.empty(truth.shape)
+    inside = {band: np.empty(truth.shape) for band in BANDS}
     for i, name in enumerate(windows.variables):
         quantiles = [inverse_transform(forecast.quantile(level, i), name) for level in range(len(LEVELS))]
         crps[:, :, :, i] = crps_from_quantiles_values(quantiles, truth[:, :, :, i], levels=LEVELS)
         error[:, :, :, i] = np.abs(quantiles[MEDIAN] - truth[:, :, :, i])
-    return _sums(windows, crps=crps, mae=error)
+        for band, part in inside.items():
+            part[:, :, :, i] = covered_values(quantiles, truth[:, :, :, i], levels=LEVELS, nominal=band)
+    return _sums(windows, inside=inside, crps=crps, mae=error)
 
 
 def score_quantiles(windows: WindowSet, quantiles: Sequence[np.ndarray]) -> WindowScores:
@@ -136,10 +146,11 @@ def score_quantiles(windows: WindowSet, quantiles: Sequence[np.ndarray]) -> Wind
     """
     truth, values = windows.truth, np.stack(quantiles, axis=1)
     crps = crps_from_quantiles_values(values, truth, levels=LEVELS)
-    return _sums(windows, crps=crps, mae=np.abs(values[MEDIAN] - truth))
+    inside = {band: covered_values(values, truth, levels=LEVELS, nominal=band) for band in BANDS}
+    return _sums(windows, inside=inside, crps=crps, mae=np.abs(values[MEDIAN] - truth))
 
 
-def _sums(windows: WindowSet, **values: np.ndarray) -> WindowScores:
+def _sums(windows: WindowSet, *, inside: Mapping[float, np.ndarray], **values: np.ndarray) -> WindowScores:
     known = ~np.isnan(windows.truth)
     for name, part in values.items():
         if not np.isfinite(part[known]).all():
@@ -160,11 +171,12 @@ def _sums(windows: WindowSet, **values: np.ndarray) -> WindowScores:
         known = windows.valid[:, past].sum(axis=(1, 3, 4))
         scale = np.sqrt(power / np.maximum(known, 1))[:, None]  # (N, 1, V)
         total["scaled crps"] = np.where(scale > 0, total["crps"] / np.where(scale > 0, scale, 1.0), 0.0)
-    return WindowScores(total=total, weight=weight.sum(axis=axes))
+    covered = {band: (part * weight).sum(axis=axes) for band, part in inside.items()}
+    return WindowScores(total=total, weight=weight.sum(axis=axes), covered=covered)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Draws:
+class Draws:
     """One region's windows, the block of each, and how often each block is drawn: counts (1 + resamples, block),
     first once each.
     """
@@ -203,7 +215,7 @@ def compare(
     The best baseline is the one with the lowest score on these windows. In each resample of whole blocks (with
     replacement, within each region) the best is chosen anew, so that the interval pays for the choice.
     """
-    draws = {str(region): _draw(bootstrap, str(region)) for region in np.unique(bootstrap.regions)}
+    draws = {str(region): draw_blocks(bootstrap, str(region)) for region in np.unique(bootstrap.regions)}
     rows: list[Score] = []
     for metric in next(iter(models.values())).total:
         for group in lead_groups:
@@ -222,13 +234,14 @@ def compare(
     return rows
 
 
-def _draw(bootstrap: Bootstrap, region: str) -> _Draws:
+def draw_blocks(bootstrap: Bootstrap, region: str) -> Draws:
+    """How often each block of a region is drawn in each resample."""
     windows = np.flatnonzero(bootstrap.regions == region)
     _, block = np.unique(bootstrap.blocks[windows], return_inverse=True)
     num = int(block.max()) + 1
     generator = np.random.default_rng([bootstrap.seed, num, len(windows)])
     drawn = generator.multinomial(num, np.full(num, 1.0 / num), size=bootstrap.resamples)
-    return _Draws(windows=windows, block=block, counts=np.concatenate([np.ones((1, num)), drawn]))
+    return Draws(windows=windows, block=block, counts=np.concatenate([np.ones((1, num)), drawn]))
 
 
 def _score_case(
@@ -237,7 +250,7 @@ def _score_case(
     *,
     models: Mapping[str, WindowScores],
     baselines: Mapping[str, WindowScores],
-    draw: _Draws,
+    draw: Draws,
     bootstrap: Bootstrap,
 ) -> tuple[list[Score], dict[str, np.ndarray]]:
     """Rows of one case and each model's ratios (1 + resamples,); none where no truth is known or no baseline errs."""
@@ -276,7 +289,7 @@ def _score_case(
 
 
 def _means(
-    scores: Mapping[str, WindowScores], case: _Case, *, windows: WindowSet, draw: _Draws
+    scores: Mapping[str, WindowScores], case: _Case, *, windows: WindowSet, draw: Draws
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean score of each forecast in each resample (name, 1 + resamples), and each window's weight of known truth."""
     at = [windows.shape.leads.index(lead) for lead in case.group.leads]

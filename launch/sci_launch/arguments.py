@@ -157,6 +157,9 @@ def forecast_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", metavar="NAME", help="a source of the training data that INPUT belongs to; left out: unseen"
     )
     parser.add_argument(
+        "--calibrated", action="store_true", help="stretch the bands as the model's evaluation found on validation data"
+    )
+    parser.add_argument(
         "--place", metavar="LAT,LON[,ELEVATION]", help="where a CSV or miniSEED was recorded, degrees and m"
     )
     parser.add_argument("--time", metavar="COL", help="a CSV's time column; left out: the first one that holds times")

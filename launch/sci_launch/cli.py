@@ -220,7 +220,14 @@ def _forecast(parsed: argparse.Namespace) -> int:
     )
     options = dataclasses.replace(options, num_samples=parsed.num_samples, seed=parsed.seed)
     with progress(parsed.json):
-        report = forecast_file(parsed.model, parsed.input, horizon=parsed.horizon, out=parsed.out, options=options)
+        report = forecast_file(
+            parsed.model,
+            parsed.input,
+            horizon=parsed.horizon,
+            out=parsed.out,
+            options=options,
+            calibrated=parsed.calibrated,
+        )
     return print_result(report, as_json=parsed.json)
 
 

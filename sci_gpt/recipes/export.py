@@ -14,6 +14,8 @@ from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import parse_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError, DataError
+from sci_gpt.model.calibration import CALIBRATION, Calibration
+from sci_gpt.recipes.calibrated import calibration_path
 from sci_gpt.recipes.card import Evaluation, card
 from sci_gpt.recipes.load import EXPORT_FORMAT, MODEL_JSON, WEIGHTS, LoadedModel, assemble, load_model, model_folder
 from sci_gpt.train.checkpoint import file_sha256, read_state, read_weights
@@ -117,6 +119,9 @@ def _export_checkpoint(checkpoint: Path, folder: Path, *, data: Path | str | Non
         )
     evaluation = read_evaluation(checkpoint.resolve().parents[1], state)
     export_model(checkpoint, folder, manifest=store.manifest, evaluation=evaluation)
+    fitted = calibration_path(checkpoint)
+    if fitted.exists() and Calibration.read(fitted).belongs_to(state["step"], state["fingerprint"]):
+        shutil.copyfile(fitted, folder / CALIBRATION)
     return evaluation
 
 

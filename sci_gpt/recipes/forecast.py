@@ -19,6 +19,7 @@ import xarray as xr
 from obspy.io.mseed import ObsPyMSEEDError
 
 from sci_gpt.errors import ConfigError, DataError, UnlikeTrainingWarning
+from sci_gpt.recipes.calibrated import load_calibrated
 from sci_gpt.recipes.film import Notes
 from sci_gpt.recipes.load import LoadedModel, check_levels, load_model
 
@@ -73,7 +74,9 @@ class FileKind:
     write: Callable[[Any], bytes]
 
 
-def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, options: FileOptions) -> dict[str, Any]:
+def forecast_file(
+    model_uri: str, path: Path, *, horizon: int, out: Path, options: FileOptions, calibrated: bool = False
+) -> dict[str, Any]:
     """Forecast the steps that follow a file and write them as the same kind of file; `out` appears whole or not at all.
 
     Args:
@@ -81,6 +84,7 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         path: netCDF (.nc), CSV (.csv) or miniSEED (.mseed) file.
         horizon: steps ahead, of the file's own step; for miniSEED of 0.1 s (the working rate).
         out: the file to write, with an ending of the same kind.
+        calibrated: stretch the quantiles by the calibration of the model's evaluation; one without is refused.
 
     Returns:
         What was done: files, horizon, levels, the model's step and fingerprint.
@@ -98,7 +102,7 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"no folder {str(out.parent)!r} for the forecast; make it first")
     payload = _bytes(path)
-    model = load_model(model_uri)
+    model = load_calibrated(model_uri) if calibrated else load_model(model_uri)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UnlikeTrainingWarning)
         answer = forecast_payload(model, kind, payload=payload, horizon=horizon, options=options, where=str(path))
@@ -110,6 +114,7 @@ def forecast_file(model_uri: str, path: Path, *, horizon: int, out: Path, option
         "horizon": horizon,
         "quantiles": list(options.levels) if options.num_samples is None else None,
         "num_samples": options.num_samples,
+        "calibrated": calibrated,
         "model": model_uri,
         "model_step": model.step,
         "model_fingerprint": model.fingerprint,

@@ -11,6 +11,7 @@ import numpy as np
 
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes import load, parts
+from sci_gpt.recipes.calibrated import load_calibrated
 from sci_gpt.recipes.film import Notes
 from sci_gpt.recipes.films import film_kind
 from sci_gpt.recipes.finetune import Finetuned, Request, finetune
@@ -115,13 +116,17 @@ def public(loaded: LoadedModel) -> Model:
     return Model(**{field.name: getattr(loaded, field.name) for field in fields(LoadedModel)})
 
 
-def load_model(uri: str | Path, *, tracking_uri: str | None = None) -> Model:
+def load_model(uri: str | Path, *, tracking_uri: str | None = None, calibrated: bool = False) -> Model:
     """Load a model; see `sci_gpt.recipes.load.load_model` for what `uri` may be.
 
+    Args:
+        calibrated: its forecasts go through the calibration that its evaluation fitted on validation data.
+
     Raises:
-        CheckpointError: nothing there, damaged, or of another model.
+        CheckpointError: nothing there, damaged, or of another model; no calibration of it where one is asked for.
     """
-    return public(load.load_model(uri, tracking_uri=tracking_uri))
+    one = load_calibrated if calibrated else load.load_model
+    return public(one(uri, tracking_uri=tracking_uri))
 
 
 __all__ = ["Features", "Model", "load_model", "public", "save_model"]
