@@ -211,13 +211,8 @@ def _forecast(parsed: argparse.Namespace) -> int:
         raise DataError(f"no file {str(parsed.input)!r}; check the path")
     from sci_gpt.recipes.forecast import FileOptions, forecast_file
 
-    options = FileOptions.parse(
-        quantiles=parsed.quantiles,
-        source=parsed.source,
-        place=parsed.place,
-        time=parsed.time,
-        columns=parsed.columns,
-    )
+    words = ("quantiles", "source", "place", "time", "columns")
+    options = FileOptions.parse(**{name: getattr(parsed, name) for name in words})
     options = dataclasses.replace(options, num_samples=parsed.num_samples, seed=parsed.seed)
     with progress(parsed.json):
         report = forecast_file(
