@@ -59,7 +59,7 @@ holds (persistence, the head's anchor and the offset, weaker than those of the t
 _COVERAGE_CAPTION = """
 Coverage: the share of the test truth inside the 50 % and 90 % bands (vertical lines), per source and lead, channels
 together, with {interval} block-bootstrap intervals: the model, the model after its spread was set on the validation
-split, and the best of the baselines in CRPS at that lead.
+split, and the best of the baselines in CRPS at that lead (none where channels differ in it).
 """
 _PHASES = """
 Target frames by the first P and S arrivals that the Earth model iasp91 (Kennett and Engdahl 1991) gives for the event's
