@@ -18,13 +18,14 @@ import sci_evals.evaluate
 from sci_evals.arrivals import first_arrivals
 from sci_evals.baselines import forecast_baselines
 from sci_evals.evaluate import control_windows, evaluate, open_contest, score_model, score_models
-from sci_evals.results import ANCHOR, LEARNED, TRAINED, UNTRAINED, headline
+from sci_evals.results import ANCHOR, CALIBRATED, LEARNED, TRAINED, UNTRAINED, headline
 from sci_evals.scores import LeadGroup, compare, score_baseline, score_quantiles
 from sci_evals.tasks import EVAL_TASKS, lead_name, task_for
 from sci_evals.windowset import WindowSet, choose_starts, cut
 from sci_gpt.config import EvaluateConfig, PretrainConfig
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, DataError
+from sci_gpt.model.calibration import Calibration
 from sci_gpt.recipes.coastline import coastlines, coastlines_between
 from sci_tokenizers.sample import Sample
 from toy_store import toy_config, write_store
@@ -239,9 +240,16 @@ def test_evaluation_scores_every_source_and_control(
 
 
 def test_evaluation_writes_its_numbers(evaluation: tuple[PretrainConfig, Path, dict[str, Any]]) -> None:
-    _, run, result = evaluation
+    config, run, result = evaluation
     content = json.loads((run / "report" / "evaluation.json").read_text())
     assert content["step"] == 24, "whose scores these are"
+    covered = {(row["model"], row["source"]) for row in content["coverage"] if row["nominal"] == 0.9}
+    for source in ("field", "station", "quake"):
+        assert (TRAINED, source) in covered
+        assert ((CALIBRATED, source) in covered) == (source not in content["uncalibrated"])
+    fitted = Calibration.read(run / "report" / "calibration.json")
+    assert fitted.belongs_to(24, Store.open(config.data).fingerprint)
+    assert set(fitted.sources) == {"field", "station", "quake"} - set(content["uncalibrated"]) != set()
     assert len(content["rows"]) == len(result["rows"])
     with (run / "report" / "evaluation.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -252,11 +260,19 @@ def test_report_opens_without_a_network(evaluation: tuple[PretrainConfig, Path, 
     _, run, result = evaluation
     page = Path(result["report"]).read_text(encoding="utf-8")
     pictures = sorted((run / "report").glob("*.png"))
-    assert {path.stem for path in pictures} >= {"skill", "training", "00-field", "01-station"}
+    assert {path.stem for path in pictures} >= {"skill", "coverage", "training", "00-field", "01-station"}
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page and "@import" not in page and "url(" not in page
-    for word in ("untrained", "time-shuffled", "Licence", "Natural Earth", "interval"):
+    for word in (
+        "untrained",
+        "time-shuffled",
+        "Coverage",
+        "calibrated over trained",
+        "Licence",
+        "Natural Earth",
+        "interval",
+    ):
         assert word in page
 
 

@@ -15,6 +15,7 @@ from sci_evals.baselines import forecast_baselines
 from sci_evals.coverage import Coverage, coverage_rows
 from sci_evals.exhibits import Exhibit, make_exhibits
 from sci_evals.metrics import LEVELS
+from sci_evals.phases import PhaseScore, frame_phases, phase_scores, record_arrivals
 from sci_evals.recalibration import calibrate
 from sci_evals.report import write_report
 from sci_evals.results import (
@@ -63,6 +64,7 @@ class Contest:
     test: WindowSet
     forecasts: dict[str, Forecast]
     baselines: dict[str, WindowScores]
+    arrivals: tuple[dict[str, float], ...] = ()  # of the records of traces
 
     def over(self, name: str, models: Mapping[str, WindowScores]) -> Contest:
         """The same windows with one of the models as the only one to beat: over the anchor, what was learned."""
@@ -88,6 +90,18 @@ class Contest:
             bootstrap=self.task.bootstrap(self.test, config.evaluate),
         )
 
+    def phases(self, models: Mapping[str, WindowScores], *, config: PretrainConfig) -> list[PhaseScore]:
+        """Scores of noise, P to S and coda; none of what is no trace, or has no record with known arrivals."""
+        if not any(self.arrivals):
+            return []
+        return phase_scores(
+            self.test,
+            frame_phases(self.test, self.arrivals),
+            models=models,
+            baselines=self.baselines,
+            bootstrap=self.task.bootstrap(self.test, config.evaluate),
+        )
+
 
 def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     """Score a run, print the table, write `run`/report/{evaluation.json, evaluation.csv, calibration.json, report.html,
@@ -106,11 +120,10 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
     """
     begin, store = time.monotonic(), Store.open(config.data)
     loaded = load_matching(run, store)
-    start = loaded.untrained(trunk=False)
-    models = {TRAINED: loaded.predictor, ANCHOR: loaded.anchor().predictor, UNTRAINED: start.predictor}
+    anchor, start = loaded.anchor(), loaded.untrained(trunk=False)
+    models = {TRAINED: loaded.predictor, ANCHOR: anchor.predictor, UNTRAINED: start.predictor}
     control = load_matching(config.evaluate.shuffled_run, store) if config.evaluate.shuffled_run else None
-    rows: list[Score] = []
-    coverage: list[Coverage] = []
+    rows, coverage, phases = list[Score](), list[Coverage](), list[PhaseScore]()
     exhibits: list[Exhibit] = []
     left_out: dict[str, str] = {}
     calibrations: dict[str, SourceCalibration | None] = {}
@@ -124,8 +137,8 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         calibrations[entry.source] = calibrate(
             store, contest.test, model=loaded.predictor, task=contest.task, settings=config.evaluate
         )
-        own, covered = score_contest(contest, models, config=config, calibration=calibrations[entry.source])
-        rows, coverage = rows + own, coverage + covered
+        found = score_contest(contest, models, config=config, calibration=calibrations[entry.source])
+        rows, coverage, phases = rows + found.rows, coverage + found.coverage, phases + found.phases
         if control is not None:
             rows += score_shuffled(contest, train, control=control, config=config)
         exhibits += make_exhibits(
@@ -137,6 +150,7 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         step=loaded.step,
         rows=tuple(rows),
         coverage=tuple(coverage),
+        phases=tuple(phases),
         calibrations=calibrations,
         fingerprint=loaded.fingerprint,
         left_out=left_out,
@@ -145,9 +159,18 @@ def evaluate(config: PretrainConfig, run: Path) -> dict[str, Any]:
         config=config,
     )
     report = publish(results)
-    seconds = time.monotonic() - begin
+    seconds = round(time.monotonic() - begin, 1)
     print(f"evaluate: {seconds:.0f} s; report: {report}", flush=True)
-    return {"rows": plain_rows(rows), "left_out": left_out, "report": str(report), "seconds": round(seconds, 1)}
+    return {"rows": plain_rows(rows), "left_out": left_out, "report": str(report), "seconds": seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Scores of one source, coverage of the bands, and scores by phase."""
+
+    rows: list[Score]
+    coverage: list[Coverage]
+    phases: list[PhaseScore]
 
 
 def score_contest(
@@ -156,9 +179,8 @@ def score_contest(
     *,
     config: PretrainConfig,
     calibration: SourceCalibration | None,
-) -> tuple[list[Score], list[Coverage]]:
-    """A source's rows, and the coverage of the bands: model, anchor, what was learned, what calibration changes, and
-    the untrained control.
+) -> Found:
+    """What is found of a source: model, anchor, what was learned, what calibration changes, the untrained control.
 
     Args:
         models: `TRAINED` (first), `ANCHOR` and `UNTRAINED`.
@@ -173,7 +195,11 @@ def score_contest(
         rows += contest.over(TRAINED, whole).rows({RECALIBRATED: whole[CALIBRATED]}, config=config, index=every)
     rows += contest.rows({UNTRAINED: whole[UNTRAINED]}, config=config, index=some)
     banded = {name: whole[name] for name in (TRAINED, CALIBRATED, ANCHOR) if name in whole}
-    return rows, contest.coverage(banded, config=config)
+    return Found(
+        rows=rows,
+        coverage=contest.coverage(banded, config=config),
+        phases=contest.phases({TRAINED: whole[TRAINED]}, config=config),
+    )
 
 
 def publish(results: Results) -> Path:
@@ -229,7 +255,11 @@ def open_contest(
         f"{train.num_windows} training windows in {time.monotonic() - begin:.0f} s",
         flush=True,
     )
-    return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines), train
+    arrivals: tuple[dict[str, float], ...] = ()
+    if test.modality == "trace":
+        options = store.manifest["sources"][entry.source].get("options", {})
+        arrivals = record_arrivals(test, options.get("events", {}))
+    return Contest(task=task, test=test, forecasts=forecasts, baselines=baselines, arrivals=arrivals), train
 
 
 def unscored(test: WindowSet) -> dict[str, str]:
@@ -282,11 +312,9 @@ def score_models(
                 answers = model.answers([documents[i - first] for i in own], levels=LEVELS)
                 parts[name].append(score_quantiles(windows.take(own), answers))
                 if name == TRAINED and calibration is not None:
-                    moved = [
-                        calibration.apply(part, levels=LEVELS, leads=shape.leads, channels=windows.channels)
-                        for part in answers
-                    ]
-                    parts[CALIBRATED].append(score_quantiles(windows.take(own), moved))
+                    beside = np.concatenate(answers, axis=-1)  # windows side by side as columns: one call for all
+                    moved = calibration.apply(beside, levels=LEVELS, leads=shape.leads, channels=windows.channels)
+                    parts[CALIBRATED].append(score_quantiles(windows.take(own), np.split(moved, len(own), axis=-1)))
     return {name: WindowScores.concatenate(pieces) for name, pieces in parts.items()}
 
 

@@ -17,7 +17,7 @@ FIT_LEVELS = (*sorted(LOWER), 0.5, *UPPER)
 _PRIOR_BLOCKS = 20.0
 _RANGE = (0.2, 5.0)
 _CHUNK = 64
-_WINDOWS = 256
+_WINDOWS = 160
 
 
 def calibrate(

@@ -21,6 +21,7 @@ from sci_evals.results import (
     columns,
     coverage_table,
     headline,
+    phase_line,
     table_rows,
     uncalibrated,
 )
@@ -58,7 +59,13 @@ holds (persistence, the head's anchor and the offset, weaker than those of the t
 _COVERAGE_CAPTION = """
 Coverage: the share of the test truth inside the 50 % and 90 % bands (vertical lines), per source and lead, channels
 together, with {interval} block-bootstrap intervals: the model, the model after its spread was set on the validation
-split, and the best of the baselines in CRPS at that lead.
+split, and the best of the baselines in CRPS at that lead (none where channels differ in it).
+"""
+_PHASES = """
+Target frames by the first P and S arrivals that the Earth model iasp91 (Kennett and Engdahl 1991) gives for the event's
+origin and the station's place: noise ends before P, P to S begins at P and ends before S, coda begins at S. Frames with
+an arrival inside count in none. The trained model against the best baseline on these frames, all leads, records and
+components pooled.
 """
 _METHOD = """
 Truth is the raw data in physical units, neither quantized nor clipped; missing values count nowhere; grid cells count
@@ -104,7 +111,15 @@ def write_report(results: Results, folder: Path) -> Path:
         text = html.escape(" ".join(caption.split()))
         source = f"data:image/png;base64,{image}"
         figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
-    parts = [_head(results), *figures[:1], _table(results), _coverage(results), "<h2>Figures</h2>", *figures[1:]]
+    parts = [
+        _head(results),
+        *figures[:1],
+        _table(results),
+        _coverage(results),
+        _phases(results),
+        "<h2>Figures</h2>",
+        *figures[1:],
+    ]
     parts += [_method(), _sources(results)]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -196,6 +211,15 @@ def _coverage(results: Results) -> str:
     left = "".join(f"<p>{html.escape(name)}: {html.escape(why)}.</p>" for name, why in uncalibrated(results).items())
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<h2>Coverage</h2><div class='wide'>{table}</div>{left}"
+
+
+def _phases(results: Results) -> str:
+    if not results.phases:
+        return ""
+    items = "".join(
+        f"<li><b>{html.escape(part.source)}</b>, {html.escape(phase_line(part))}</li>" for part in results.phases
+    )
+    return f"<h2>Traces by phase</h2><p>{html.escape(' '.join(_PHASES.split()))}</p><ul>{items}</ul>"
 
 
 def _method() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sci_evals.coverage import Coverage, coverage_headline
 from sci_evals.exhibits import Exhibit
+from sci_evals.phases import PhaseScore
 from sci_evals.scores import ALL, Score
 from sci_gpt.config import PretrainConfig
 from sci_gpt.model.calibration import CALIBRATION, Calibration, SourceCalibration
@@ -36,6 +37,7 @@ class Results:
         config: of the run.
         rows: scores of all models, in the order of the table.
         coverage: of the bands of models and baselines.
+        phases: of traces, scores of noise, P to S and coda.
         calibrations: {source: factors fitted on its validation split; None where it has no such windows}.
         fingerprint: of the data that the model was trained on.
         left_out: {source: why it has no score}.
@@ -48,6 +50,7 @@ class Results:
     config: PretrainConfig
     rows: tuple[Score, ...]
     coverage: tuple[Coverage, ...]
+    phases: tuple[PhaseScore, ...]
     calibrations: dict[str, SourceCalibration | None]
     fingerprint: str
     left_out: dict[str, str]
@@ -144,6 +147,16 @@ def uncalibrated(results: Results) -> dict[str, str]:
     }
 
 
+def phase_line(part: PhaseScore) -> str:
+    """A phase in words: its skill by metric with the counts, or why it has none."""
+    skills = [
+        f"{row.metric} skill {row.skill:+.4f}" + ("" if math.isnan(row.low) else f" [{row.low:+.4f}, {row.high:+.4f}]")
+        for row in headline(part.rows)
+    ]
+    counts = f"{part.num_frames} target frames of {part.num_records} records"
+    return f"{part.phase} ({counts}): {part.missing or '; '.join(skills)}"
+
+
 def print_coverage(results: Results) -> None:
     """Coverage of the trained model's bands before and after calibration, pooled by source and lead."""
     heads = coverage_headline(results.coverage)
@@ -177,6 +190,8 @@ def print_table(results: Results) -> None:
         f"against itself as it was; {UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
     )
     print_coverage(results)
+    for part in results.phases:
+        print(f"{part.source}, {phase_line(part)}")
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")
     sys.stdout.flush()
@@ -196,6 +211,10 @@ def write_results(results: Results) -> Path:
         "rows": rows,
         "coverage": plain_rows(results.coverage),
         "uncalibrated": uncalibrated(results),
+        "phases": [
+            {name: value for name, value in vars(part).items() if name != "rows"} | {"rows": plain_rows(part.rows)}
+            for part in results.phases
+        ],
     }
     (folder / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
@@ -239,6 +258,11 @@ def _metrics(results: Results, now: int) -> list[Any]:
         for part, value in (("skill", row.skill), ("skill_low", row.low), ("skill_high", row.high)):
             if math.isfinite(value):
                 found.append(Metric(f"{_plain_name(name)}/{part}", value, now, 0))
+    for part in results.phases:
+        for row in headline(part.rows):
+            name = f"evaluation/{row.source}/{row.model}/{row.metric}/{part.phase}/skill"
+            if math.isfinite(row.skill):
+                found.append(Metric(_plain_name(name), row.skill, now, 0))
     for band in coverage_headline(results.coverage):
         name = f"evaluation/{band.source}/{band.model}/coverage {100 * band.nominal:g}/{band.lead}"
         found.append(Metric(_plain_name(name), band.coverage, now, 0))
