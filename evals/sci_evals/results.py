@@ -190,8 +190,8 @@ def print_table(results: Results) -> None:
         f"against itself as it was; {UNTRAINED} and {SHUFFLED} are scored on a fixed subset of the windows"
     )
     print_coverage(results)
-    for part in results.phases:
-        print(f"{part.source}, {phase_line(part)}")
+    for scored in results.phases:
+        print(f"{scored.source}, {phase_line(scored)}")
     for source, reason in results.left_out.items():
         print(f"{source}: {reason}")
     sys.stdout.flush()
@@ -258,9 +258,9 @@ def _metrics(results: Results, now: int) -> list[Any]:
         for part, value in (("skill", row.skill), ("skill_low", row.low), ("skill_high", row.high)):
             if math.isfinite(value):
                 found.append(Metric(f"{_plain_name(name)}/{part}", value, now, 0))
-    for part in results.phases:
-        for row in headline(part.rows):
-            name = f"evaluation/{row.source}/{row.model}/{row.metric}/{part.phase}/skill"
+    for scored in results.phases:
+        for row in headline(scored.rows):
+            name = f"evaluation/{row.source}/{row.model}/{row.metric}/{scored.phase}/skill"
             if math.isfinite(row.skill):
                 found.append(Metric(_plain_name(name), row.skill, now, 0))
     for band in coverage_headline(results.coverage):
