@@ -258,9 +258,9 @@ def _metrics(results: Results, now: int) -> list[Any]:
         for part, value in (("skill", row.skill), ("skill_low", row.low), ("skill_high", row.high)):
             if math.isfinite(value):
                 found.append(Metric(f"{_plain_name(name)}/{part}", value, now, 0))
-    for part in results.phases:
-        for row in headline(part.rows):
-            name = f"evaluation/{row.source}/{row.model}/{row.metric}/{part.phase}/skill"
+    for phase in results.phases:
+        for row in headline(phase.rows):
+            name = f"evaluation/{row.source}/{row.model}/{row.metric}/{phase.phase}/skill"
             if math.isfinite(row.skill):
                 found.append(Metric(_plain_name(name), row.skill, now, 0))
     for band in coverage_headline(results.coverage):
