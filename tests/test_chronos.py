@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,13 @@ def near_boundaries(limit: float, num_tokens: int, *, ulp: int) -> np.ndarray:
         below, above = np.nextafter(below, np.float32(-np.inf)), np.nextafter(above, np.float32(np.inf))
         found += [below, above]
     return np.concatenate(found)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def subnormals() -> Iterator[None]:
+    """As they are: a test before, which trains, may have had them flushed to 0 in this process."""
+    torch.set_flush_denormal(False)
+    yield
 
 
 floats = st.one_of(st.floats(width=32), st.sampled_from(ODD), st.floats(-20.0, 20.0, width=32))
