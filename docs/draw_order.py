@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from sci_gpt.data.loader import Corpus, StepPlan, attention_cost, deal, plan_step
 from sci_gpt.data.order import Order, mixture_table
+from sci_gpt.data.windows import WindowSpec
 
 TARGET = Path(__file__).resolve().parent / "images" / "order.png"
 # name: (share of the tokens, tokens of a document, windows, colour)
@@ -30,6 +31,10 @@ class Example(Corpus):
     """Numbered samples of three small sources of which nothing is read."""
 
     def __init__(self) -> None:
+        self.specs = tuple(
+            WindowSpec(source=name, frames=tokens, stride=1, context_frames=(1, 1), leads=(1,))
+            for name, (_, tokens, _, _) in SOURCES.items()
+        )
         self.lengths = tuple(tokens for _, tokens, _, _ in SOURCES.values())
         self.order = Order(
             seed=0,

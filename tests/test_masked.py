@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sci_gpt.data.loader import Corpus
+from sci_gpt.data.curriculum import Curriculum
+from sci_gpt.data.loader import Corpus, attention_cost, plan_step
+from sci_gpt.data.order import keyed
 from sci_gpt.data.store import Store
 from sci_gpt.model.init import initialize
 from sci_gpt.model.inputs import ModelInputs, PayloadInputs, to_inputs
@@ -17,8 +19,9 @@ from sci_gpt.model.loss import valid_weights, weighted_sums
 from sci_gpt.model.shapes import SHAPES
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.recipes import parts
+from sci_gpt.train.feed import Place, StepReader, StepRows
 from sci_tokenizers.masked import interpolated, masked_tokens, tubes
-from sci_tokenizers.packing import collate
+from sci_tokenizers.packing import Batch, PackingError, collate
 from sci_tokenizers.sample import Sample, masked_name
 from sci_tokenizers.table import TOKENIZERS, make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
@@ -85,6 +88,14 @@ def test_tubes() -> None:
         assert 0.3 <= hidden.mean() <= 0.5 and not hidden[:CONTEXT].all(axis=0).any()
         np.testing.assert_array_equal(hidden, tubes(FRAMES, slots, num_context=CONTEXT, key=3))
         assert (hidden != tubes(FRAMES, slots, num_context=CONTEXT, key=4)).any()
+
+
+def test_a_context_of_one_frame_stays_whole() -> None:
+    """Of a context of one frame nothing is hidden, under any key: the scales come from it."""
+    for key in range(50):
+        assert not tubes(FRAMES, 3, num_context=1, key=key)[0].any()
+    short = tubes(2, 1, num_context=1, key=0)  # no key can hide more than its last frame
+    assert not short[0].any()
 
 
 def test_the_anchor_is_a_line() -> None:
@@ -174,3 +185,86 @@ def test_the_samples_number_says_what_is_hidden(tmp_path: Path) -> None:
     np.testing.assert_array_equal(plain.document(free).anchor, half.document(free).anchor)
     same = {half.document(n).masked.hidden.tobytes() for n in hiding}  # type: ignore[union-attr]
     assert len(same) == len(hiding)
+
+
+def masked_curriculum(folder: Path) -> Curriculum:
+    """The toy run, half of whose samples of each source are masked."""
+    entries = [
+        {"source": "field", "weight": 1, "frames": 16, "stride": 2, "context_frames": [2, 6], "masked": 0.5},
+        {"source": "station", "weight": 1, "frames": 24, "stride": 3, "context_frames": [3, 12], "masked": 0.5},
+        {"source": "quake", "weight": 1, "frames": 30, "stride": 4, "context_frames": [4, 15], "masked": 0.5},
+    ]
+    config = toy_config(folder / "store", folder / "run", mixture=entries)
+    return parts.curriculum(config, Store.open(config.data))
+
+
+def step_of(curriculum: Curriculum, n: int, *, rank: int = 0, world: int = 1) -> StepRows:
+    """A rank's rows of the step that starts at sample n."""
+    place = Place(rank=rank, world=world, accumulation=1)
+    return StepReader(curriculum, place, settings=curriculum.corpora[0].tokenizers[0].settings)(1, n)
+
+
+def hidden_places(batch: Batch) -> dict[int, list[int]]:
+    """Sample number -> which of its tokens, counted from its first, ask for themselves."""
+    asked = np.concatenate([p.index[p.unit_token[p.unit_lead == 0]] for p in batch.payloads.values()])
+    places = {}
+    for number, (start, frames, slots), causal in zip(batch.numbers, batch.spans, batch.causal, strict=True):
+        inside = (asked >= start) & (asked < start + frames * slots)
+        places[number] = sorted((asked[inside] - start).tolist())
+        assert bool(places[number]) != causal
+    return places
+
+
+def test_every_layout_and_a_resumed_run_hide_the_same(tmp_path: Path) -> None:
+    """One rank, three ranks, and a run begun anew at the step's first sample: a sample hides what its number says."""
+    write_store(tmp_path / "store")
+    curriculum, anew = masked_curriculum(tmp_path), masked_curriculum(tmp_path)
+    corpus, first = curriculum.corpora[0], 7
+    (whole,) = step_of(curriculum, first).batches
+    alone = hidden_places(whole)
+    assert {bool(places) for places in alone.values()} == {True, False}
+    for other, world in ((curriculum, 3), (anew, 1)):
+        steps = [step_of(other, first, rank=rank, world=world) for rank in range(world)]
+        assert {n: at for step in steps for batch in step.batches for n, at in hidden_places(batch).items()} == alone
+    for n, places in alone.items():
+        if places:  # keyed by the seed and the number alone, whatever the sample holds
+            spec, tokens = corpus.specs[corpus.order.source(n)], corpus.document(n)
+            key = keyed(corpus.seed, "tubes", n)
+            hidden = tubes(spec.frames, tokens.num_slots, num_context=tokens.num_context, key=key)
+            assert places == np.flatnonzero(hidden).tolist()
+
+
+def test_a_masked_document_costs_twice(tmp_path: Path) -> None:
+    """It sees all of its tokens, a causal one half of them: rows are dealt by that."""
+    write_store(tmp_path / "store")
+    corpus = masked_curriculum(tmp_path).corpora[0]
+    plan = plan_step(corpus, 0, rows=3, row_length=160)
+    expected = [sum(corpus.length(n) ** 2 * (2 if corpus.document(n).masked else 1) for n in row) for row in plan.rows]
+    assert attention_cost(corpus, plan) == expected
+    assert expected != [sum(corpus.length(n) ** 2 for n in row) for row in plan.rows]
+
+
+@pytest.mark.parametrize("modality", TOKENIZERS)
+def test_each_objective_has_its_own_sum(modality: str) -> None:
+    """A masked and a causal document in one row give, under two names, what each gives alone."""
+    tokenizer, sample = make_tokenizer(modality, SETTINGS), window(modality)
+    one, two = masked(modality, sample), tokenizer.encode(sample, num_context=CONTEXT, leads=(1, 3))
+    model = small_model().eval()
+
+    def sums(documents: list[Tokens]) -> tuple[dict[str, float], dict[str, float]]:
+        inputs = to_inputs(collate([documents], sum(tokens.num_tokens for tokens in documents)))
+        found = weighted_sums(model(inputs), inputs, settings=SETTINGS)
+        return {name: float(value.detach()) for name, value in found.items()}, valid_weights(inputs)
+
+    (hidden, hidden_weight), (ahead, ahead_weight) = sums([one]), sums([two])
+    together, weight = sums([two, one])
+    name = masked_name(modality)
+    assert set(ahead) == {modality} and hidden[modality] == 0.0 and hidden[name] > 0.0
+    assert together == pytest.approx({modality: ahead[modality], name: hidden[name]}, rel=1e-4)
+    assert weight == pytest.approx({modality: ahead_weight[modality], name: hidden_weight[name]}, rel=1e-5)
+
+
+def test_a_masked_document_has_no_forecast() -> None:
+    tokens = masked("series", window("series"))
+    with pytest.raises(PackingError, match=r"'toy/series-0' is masked .* encode the sample with its tokenizer"):
+        collate([[tokens]], tokens.num_tokens, context_only=True)

@@ -304,6 +304,49 @@ def test_all_ranks_reports_are_summed_flags_are_any_and_the_wait_is_the_slowest(
     assert result.global_weight({"grid": 2.0, "series": 1.0, "trace": 0.5}) == 2.0 * 1.5 + 0.5 * 3.0
 
 
+def test_masked_losses_are_agreed_on_under_their_own_names() -> None:
+    """By hand, over two ranks; the masked objective of a modality has the modality's factor."""
+    captured: list[list[float]] = []
+
+    class Recorder(OneProcess):
+        def gather(self, values: list[float]) -> list[list[float]]:
+            captured.append(values)
+            return [values]
+
+    recorder: Any = Recorder()
+    agree(recorder, Report(weight={"grid": 1.0, "trace/masked": 3.0}, previous_loss={"trace/masked": 6.0}))
+    world: Any = ThreeRanks(captured)
+    mine = Report(weight={"trace": 2.0, "trace/masked": 0.5}, previous_loss={"grid": 4.0, "trace/masked": 1.0})
+    result = agree(world, mine)
+    assert result.weight == {"grid": 1.0, "series": 0.0, "trace": 2.0, "trace/masked": 3.5}
+    assert result.previous_loss == {"grid": 4.0, "series": 0.0, "trace": 0.0, "trace/masked": 7.0}
+    assert result.global_weight({"grid": 2.0, "series": 1.0, "trace": 0.5}) == 2.0 * 1.0 + 0.5 * (2.0 + 3.5)
+
+
+class BothObjectives(Targets):
+    """The distance counted once as next-frame, and three times as masked, with a quarter of the weight."""
+
+    def weights(self, inputs: Any) -> dict[str, float]:
+        return {"series": inputs["weight"], "series/masked": 0.25 * inputs["weight"]}
+
+    def sums(self, predictions: Tensor, inputs: Any) -> dict[str, Tensor]:
+        whole = super().sums(predictions, inputs)["series"]
+        return {"series": whole, "series/masked": 0.25 * 3.0 * whole}
+
+
+def test_masked_losses_are_recorded_beside_the_others() -> None:
+    """The first step, from weight 0 to target 1: each objective's mean, unweighted, and the mean of both."""
+    memory = Memory()
+    both = trainer(Steps(), memory, steps=1)
+    both.parts = replace(both.parts, objective=BothObjectives())
+    both.run()
+    record = memory.records[0]
+    assert record["losses"] == pytest.approx({"series": 1.0, "series/masked": 3.0})
+    assert record["weights"] == pytest.approx({"grid": 0.0, "series": 4.0, "trace": 0.0, "series/masked": 1.0})
+    assert record["loss"] == pytest.approx((4.0 * 1.0 + 1.0 * 3.0) / 5.0)
+    assert {"loss/series", "loss/series/masked"} <= set(step_metrics(record))
+
+
 class Unequal(OneProcess):
     """A world of two, whose other rank holds 28 of the series weight and had a loss sum of 6 in every step."""
 

@@ -104,6 +104,12 @@ class Corpus:
         share = self.specs[self.order.source(n)].masked
         return share > 0 and keyed(self.seed, "masked", n) < share * 2.0**64
 
+    def cost(self, n: int) -> int:
+        """Attention cost of sample number n, without reading it: a token sees its own document, so the square of its
+        tokens, and twice that where it is masked and sees later frames too.
+        """
+        return (2 if self.masked(n) else 1) * self.length(n) ** 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
@@ -140,10 +146,8 @@ def plan_step(corpus: Corpus, n: int, *, rows: int, row_length: int) -> StepPlan
 
 
 def attention_cost(corpus: Corpus, plan: StepPlan) -> list[int]:
-    """Attention cost of each row: a token sees its own document, so a document costs the square of its tokens, and
-    twice that where it is masked and sees later frames too.
-    """
-    return [sum((1 + corpus.masked(i)) * corpus.length(i) ** 2 for i in row) for row in plan.rows]
+    """Attention cost of each row: of its documents."""
+    return [sum(corpus.cost(i) for i in row) for row in plan.rows]
 
 
 def deal(plan: StepPlan, *, world: int, cost: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -223,7 +227,7 @@ def packing_report(
         fill += sum(corpus.length(i) for row in plan.rows for i in row)
         mixed += sum(len({modality(i) for i in row}) >= 2 for row in plan.rows)
         shares = deal(plan, world=ranks * accumulation, cost=attention_cost(corpus, plan))
-        places = [sum((1 + corpus.masked(i)) * corpus.length(i) ** 2 for row in share for i in row) for share in shares]
+        places = [sum(corpus.cost(i) for row in share for i in row) for share in shares]
         totals = [sum(places[rank * accumulation : (rank + 1) * accumulation]) for rank in range(ranks)]
         spread += (max(totals) - min(totals)) * ranks / sum(totals)
         n = plan.next_sample

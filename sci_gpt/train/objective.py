@@ -18,7 +18,9 @@ from sci_tokenizers.tokenizer import TokenizerSettings
 
 @dataclass(frozen=True, kw_only=True)
 class NextFrame:
-    """Objective "next frame": a token predicts the payload some frames ahead."""
+    """Objective "next frame": a token predicts the payload some frames ahead; in masked documents a hidden token its
+    own. Losses and weights of the two have names of their own (`sample.masked_name`).
+    """
 
     settings: TokenizerSettings
     device: torch.device

@@ -156,7 +156,7 @@ def collate(
             frames after it give nothing but the times of the questions.
 
     Raises:
-        PackingError: a row's documents hold more tokens than the row.
+        PackingError: a row's documents hold more tokens than the row, or a masked document with `context_only`.
     """
     total = len(rows) * row_length
     columns = {name: np.zeros(total, np.int64) for name in ("frame", "row", "column", "period")}
@@ -318,6 +318,11 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     Origins start at the last context frame, since the scales know all frames before it.
     """
     if tokens.masked is not None:
+        if context_only:
+            raise PackingError(
+                f"document {tokens.key!r} is masked and asks for what it hides, a forecast asks for the frames after "
+                "the context; encode the sample with its tokenizer instead of masked_tokens"
+            )
         origin, slot = np.nonzero(tokens.masked.hidden)
         answered = np.asarray(tokens.masked.valid.any(axis=(2, 3)))
         return origin, origin, np.zeros_like(origin), slot, answered[origin, slot]
