@@ -34,6 +34,7 @@ VOCABULARY = 4096
 STEPS = 5  # of each model in turn, after one that warms up; the median counts
 EQUAL = 0.02  # parameters may differ by this share
 TOP = 10  # operations of the profile
+CPU = torch.device("cpu")
 
 # What the configurations' signatures do not name.
 _GPT2: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1, "attn_implementation": "sdpa"}
@@ -93,9 +94,9 @@ def used_parameters(model: nn.Module, step: Step) -> int:
     return sum(p.numel() for p in model.parameters() if p.grad is not None and bool(p.grad.any()))
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Forward, backward and AdamW, as a call that returns the loss."""
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def training_step(model: nn.Module, loss: Callable[[], Tensor], *, fused: bool = False) -> Step:
+    """Forward, backward and AdamW (in one kernel where `fused`), as a call that returns the loss."""
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def step() -> float:
         adam.zero_grad()
@@ -213,23 +214,38 @@ def seconds_of(contestants: Sequence[Contestant], *, steps: int = STEPS) -> list
     return [float(np.median(row)) for row in taken]
 
 
-def matmul_rate(edge: int = 1024, *, repeats: int = 10) -> float:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given; a CPU has at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(
+    edge: int = 1024, *, repeats: int = 10, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> float:
     """FLOPs a second of a square matrix product."""
-    a, b = torch.randn(edge, edge), torch.randn(edge, edge)
+    a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     a @ b
+    wait(device)
     begun = time.perf_counter()
     for _ in range(repeats):
         a @ b
+    wait(device)
     return 2.0 * edge**3 * repeats / (time.perf_counter() - begun)
 
 
-def profiled(step: Step) -> list[tuple[str, float]]:
-    """The operations that take most of a step themselves, with their shares."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+def profiled(step: Step, *, device: torch.device = CPU, top: int = TOP) -> list[tuple[str, float]]:
+    """The operations (on a GPU: kernels) that take most of a step themselves, with their shares of all."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         step()
-    rows = [(event.key, float(event.self_cpu_time_total)) for event in found.key_averages()]
+        wait(device)
+    rows = [
+        (event.key, float(event.self_device_time_total if on_gpu else event.self_cpu_time_total))
+        for event in found.key_averages()
+    ]
     whole = sum(taken for _, taken in rows)
-    return [(name, taken / whole) for name, taken in sorted(rows, key=lambda row: -row[1])[:TOP]]
+    return [(name, taken / whole) for name, taken in sorted(rows, key=lambda row: -row[1])[:top]]
 
 
 def packed_and_padded(shape: ModelShape, *, row_length: int) -> tuple[Contestant, Contestant]:

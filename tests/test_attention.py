@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from sci_gpt.model import attention
+from sci_gpt.model import attention, flex
 from sci_gpt.model.attention import Reach, attend, attend_last, cuts
 from sci_gpt.model.flex import BLOCK, FlexReach, attend_flex
 from sci_gpt.model.inputs import DocumentGroup, ModelInputs
@@ -149,6 +150,23 @@ def test_flex_attention_equals_plain_loops(radius: int | None) -> None:
     found = attend_flex(q, k, v=v, reach=FlexReach.of(inputs, radius=radius))
     expected = reference(q, k, v, table=seen(inputs, radius))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_takes_what_autocast_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normed queries and keys in float32, values in bf16: one dtype in the kernel, float32 given back."""
+    inputs = packed()
+    q, k, v = drawn(inputs)
+    reach = FlexReach.of(inputs)
+    whole = attend_flex(q, k, v=v, reach=reach)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        assert {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
+        return flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flex, "flex_attention", kernel)
+    found = attend_flex(q, k, v=v.bfloat16(), reach=reach)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, whole, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("radius", RADII)

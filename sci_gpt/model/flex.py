@@ -65,17 +65,17 @@ def attend_flex(q: Tensor, k: Tensor, *, v: Tensor, reach: FlexReach) -> Tensor:
     tokens of its own document that may see it get NaN: those of its frame and later ones, at any radius.
 
     Args:
-        q, k, v: (T, heads, head_width).
+        q, k, v: (T, heads, head_width); the kernel computes in v's dtype (autocast leaves normed q and k in float32).
         reach: of this layer.
 
     Returns:
-        (T, heads, head_width), 0 outside every document.
+        (T, heads, head_width) in q's dtype, 0 outside every document.
     """
     fill = len(reach.document) - len(reach.order)
     lost = ~(torch.isfinite(q) & torch.isfinite(k) & torch.isfinite(v)).flatten(1).all(dim=1)[reach.order]
     lost = F.pad(lost, (0, fill))
     of_q, of_k, of_v = (
-        rearrange(F.pad(_clean(x)[reach.order], (0, 0, 0, 0, 0, fill)), "t h c -> 1 h t c").contiguous()
+        rearrange(F.pad(_clean(x.to(v.dtype))[reach.order], (0, 0, 0, 0, 0, fill)), "t h c -> 1 h t c").contiguous()
         for x in (q, k, v)
     )
     kernel: Any = _compiled() if q.is_cuda else flex_attention
