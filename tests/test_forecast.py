@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import obspy
 import pandas as pd
 import pytest
+import xarray as xr
 
 from sci_gpt.errors import ConfigError, DataError, UnlikeTrainingWarning
 from sci_gpt.model.init import initialize
@@ -250,6 +252,31 @@ def test_what_the_model_cannot_give_is_refused(model: LoadedModel, wanted: dict[
 def test_another_kind_of_object_is_refused(model: LoadedModel) -> None:
     with pytest.raises(DataError, match=r"a forecast takes xarray\.Dataset, .*got numpy\.ndarray"):
         model.forecast(np.zeros(10), 1)
+
+
+def test_a_modality_that_the_model_never_saw_is_refused(model: LoadedModel) -> None:
+    """Each of the three: a model of the other two says what it knows and what to do."""
+    steps = np.arange(40)
+    places = {"time": table(40).index, "lat": np.linspace(60, 40, 8), "lon": np.linspace(-20, 10, 12)}
+    film = xr.DataArray(np.full((40, 8, 12), 280.0), places, ("time", "lat", "lon"), name="air_temperature")
+    header = {"station": "ABC", "channel": "BHZ", "sampling_rate": 40.0}
+    given = {
+        "grid": film.assign_attrs(units="K").to_dataset(),
+        "series": table(40),
+        "trace": obspy.Stream([obspy.Trace(np.tile(steps, 40) % 7, header)]),
+    }
+    for modality, data in given.items():
+        others = {name: facts for name, facts in model.sources.items() if facts.modality != modality}
+        known = ", ".join(sorted(facts.modality for facts in others.values()))
+        with pytest.raises(ConfigError, match=rf"trained on {known}, and .* is of modality '{modality}': take a model"):
+            replace(model, sources=others).forecast(data, 1)
+
+
+def test_rows_out_of_order_are_sorted(model: LoadedModel) -> None:
+    """A table's rows are a set: shuffled, the forecast is the same."""
+    pd.testing.assert_frame_equal(
+        model.forecast(table().sample(frac=1.0, random_state=1), 2), model.forecast(table(), 2)
+    )
 
 
 def test_the_untrained_model_is_the_start_of_the_same_run(model: LoadedModel, tmp_path: Path) -> None:

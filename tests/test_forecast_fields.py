@@ -153,6 +153,14 @@ def test_two_variables_are_forecast_each(model: LoadedModel) -> None:
         (lambda data: data.assign(sst=data["sst"].assign_attrs(units="hPa")), "'hPa' does not convert"),
         (lambda data: data.isel(time=slice(0, 1)), "1 time steps are shorter than the context of 2"),
         (lambda data: data * np.nan, "none of the last"),
+        (
+            lambda data: data.isel(time=[*range(5), 7, 5, *range(8, 20)]),
+            r"'sst': time axis 'time': times must increase, but step 5 -> 6 goes -172800.0 s; sort the file by time",
+        ),
+        (
+            lambda data: data.isel(time=[*range(6), *range(5, 20)]),
+            r"step 5 -> 6 goes 0.0 s; .*keep one field of each time",
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_forecast_is_refused(model: LoadedModel, change: object, message: str) -> None:

@@ -77,6 +77,17 @@ def test_a_stream_that_cannot_be_forecast_is_refused(model: LoadedModel, stream:
         model.forecast(stream, 1)
 
 
+def test_traces_out_of_order_are_put_in_order(model: LoadedModel) -> None:
+    """Pieces of a record, the later one first: the same forecast as of the record whole."""
+    whole = record()
+    late, early = (
+        whole.slice(*ends) for ends in ((whole.stats.starttime + 20, None), (None, whole.stats.starttime + 19.975))
+    )
+    for one, two in zip(model.forecast(obspy.Stream([late, early]), 5), model.forecast(obspy.Stream([whole]), 5)):
+        assert one.stats.starttime == two.stats.starttime
+        np.testing.assert_array_equal(one.data, two.data)
+
+
 def test_a_quantile_without_a_location_code_is_refused(model: LoadedModel) -> None:
     with pytest.raises(ConfigError, match=r"quantile 0\.025 has no two-digit location code"):
         model.forecast(obspy.Stream([record()]), 1, quantiles=(0.025, 0.5))

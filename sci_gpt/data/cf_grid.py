@@ -268,7 +268,11 @@ def nominal_step(steps: np.ndarray, where: str) -> float:
     if not len(steps):
         return 86400.0
     if steps.min() <= 0:
-        raise DataError(f"{where}: times must increase, but step {int(steps.argmin())} goes {steps.min()} s")
+        at = int(steps.argmin())
+        raise DataError(
+            f"{where}: times must increase, but step {at} -> {at + 1} goes {steps.min()} s; sort the file by time and "
+            "keep one field of each time"
+        )
     usual = float(np.median(steps))
     if 27.9 <= usual / 86400.0 <= 31.1:
         return YEAR_SECONDS / 12

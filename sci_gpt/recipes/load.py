@@ -180,7 +180,8 @@ class LoadedModel:
         if not same:
             trained = sorted({facts.modality for facts in self.sources.values()})
             raise ConfigError(
-                f"this model was trained on {trained}, and {sample.key!r} is of modality {sample.modality!r}"
+                f"this model was trained on {', '.join(trained)}, and {sample.key!r} is of modality "
+                f"{sample.modality!r}: take a model whose mixture holds a {sample.modality} source, or pretrain one"
             )
 
         def distance(name: str) -> tuple[float, int, int]:
