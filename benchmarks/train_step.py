@@ -95,7 +95,9 @@ def used_parameters(model: nn.Module, step: Step) -> int:
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor], *, fused: bool = False) -> Step:
-    """Forward, backward and AdamW (in one kernel where `fused`), as a call that returns the loss."""
+    """Forward, backward and AdamW (in one kernel where `fused`), as a call that returns the loss, and with it waits for
+    a GPU.
+    """
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def step() -> float:
@@ -239,7 +241,6 @@ def profiled(step: Step, *, device: torch.device = CPU, top: int = TOP) -> list[
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         step()
-        wait(device)
     rows = [
         (event.key, float(event.self_device_time_total if on_gpu else event.self_cpu_time_total))
         for event in found.key_averages()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import machine, write_section
-from benchmarks.train_step import document, matmul_rate, profiled, training_step, wait
+from benchmarks.train_step import Contestant, document, matmul_rate, profiled, seconds_of, training_step
 from sci_gpt.model.checkpointing import Checkpointing
 from sci_gpt.model.flex import BLOCK, FlexReach
 from sci_gpt.model.flops import training_flops, work_of
@@ -47,12 +45,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A step: its tokens and FLOPs, median seconds, peak bytes (None on a CPU), the shares of its kernels."""
+    """A step of what was trained: median seconds, peak bytes (None on a CPU), the shares of its kernels."""
 
     case: Case
-    tokens: int
-    parameters: int
-    flops: float
+    trained: Contestant
     seconds: float
     peak: int | None
     kernels: list[tuple[str, float]]
@@ -102,20 +98,16 @@ def measure(case: Case, device: torch.device, *, steps: int = STEPS) -> Measured
         return weighted_sums(predictions, inputs, settings=model.settings.tokenizer)["series"] / weight
 
     step = training_step(model, loss, fused=on_gpu)
-    taken = []
-    for _ in range(steps + 2):
-        begun = time.perf_counter()
-        value = step()
-        wait(device)
-        taken.append(time.perf_counter() - begun)
-    if not np.isfinite(value):
+    trained = Contestant(
+        name=case.name, step=step, tokens=tokens, parameters=model.num_parameters, flops=flops_of(model, inputs)
+    )
+    (seconds,) = seconds_of([trained], steps=steps)
+    if not np.isfinite(value := step()):
         raise RuntimeError(f"the loss of {case.name} is {value} after {steps + 2} steps: what was timed is no training")
     return Measured(
         case=case,
-        tokens=tokens,
-        parameters=model.num_parameters,
-        flops=flops_of(model, inputs),
-        seconds=statistics.median(taken[2:]),
+        trained=trained,
+        seconds=seconds,
         peak=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         kernels=profiled(step, device=device, top=KERNELS),
     )
@@ -133,11 +125,12 @@ def table(measured: Sequence[Measured], *, product: float) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in measured:
-        case, rate = one.case, one.flops / one.seconds
+        case, trained = one.case, one.trained
+        rate = trained.flops / one.seconds
         peak = "no device: CPU" if one.peak is None else f"{one.peak / GIB:.1f}"
         lines.append(
-            f"| {case.name} | {one.parameters:,} | {case.rows} x {case.row_length:,} | {case.checkpointing} | "
-            f"{one.tokens / one.seconds:,.0f} | {rate / 1e12:.4g} | {rate / product:.2%} | {peak} |"
+            f"| {case.name} | {trained.parameters:,} | {case.rows} x {case.row_length:,} | {case.checkpointing} | "
+            f"{trained.tokens / one.seconds:,.0f} | {rate / 1e12:.4g} | {rate / product:.2%} | {peak} |"
         )
     lines.append("")
     for one in measured:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import results, train_step_gpu
+from benchmarks.train_step import Contestant
 from benchmarks.train_step_gpu import CASES, Case, Measured
 from sci_gpt.model.flex import BLOCK
 from sci_gpt.model.flops import training_flops, work_of
@@ -38,9 +39,8 @@ def test_the_tiny_run_goes_through_and_writes_no_section(capsys: pytest.CaptureF
 
 def test_figures_are_per_second_and_of_the_measured_rate() -> None:
     """1,000 tokens and 4 TFLOP in half a second are 2,000 tokens/s and 8 TFLOP/s, half of 16; 3 GiB."""
-    one = Measured(
-        case=CASES["350M"], tokens=1000, parameters=7, flops=4e12, seconds=0.5, peak=3 * 2**30, kernels=[("mm", 0.5)]
-    )
+    trained = Contestant(name="350M", step=lambda: 0.0, tokens=1000, parameters=7, flops=4e12)
+    one = Measured(case=CASES["350M"], trained=trained, seconds=0.5, peak=3 * 2**30, kernels=[("mm", 0.5)])
     lines = train_step_gpu.table([one], product=16e12)
     assert lines[2] == "| 350M | 7 | 8 x 4,096 | none | 2,000 | 8 | 50.00% | 3.0 |"
     assert lines[-1] == "- Largest of 350M: `mm` 50%."
