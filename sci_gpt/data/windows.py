@@ -162,9 +162,12 @@ class Windows:
 
     def read(self, window: int) -> Sample:
         """The window's sample (time-shuffled where the run asks for it)."""
+        return self.shuffled(self.stored(window), window)
+
+    def stored(self, window: int) -> Sample:
+        """The window's sample, its values in the order of their times."""
         stretch, start, stop = self.locate(window)
-        sample = self.store.read(self.spec.source, self.split, index=stretch, start=start, stop=stop)
-        return self._shuffled(sample, window) if self.shuffle_time else sample
+        return self.store.read(self.spec.source, self.split, index=stretch, start=start, stop=stop)
 
     def _make(self, shard: int) -> _Table:
         return self._worked_out(*self.store.shard(self.spec.source, self.split, number=shard))
@@ -185,7 +188,10 @@ class Windows:
         kept_before = np.asarray(starts[1:], np.int64) - skipped[:-1]
         return _Table(ends=ends, kept_before=kept_before, skipped=skipped, left_out=lost)
 
-    def _shuffled(self, sample: Sample, window: int) -> Sample:
+    def shuffled(self, sample: Sample, window: int) -> Sample:
+        """What `stored` gave, its values in another order where the run asks for it."""
+        if not self.shuffle_time:
+            return sample
         key = keyed(self.seed, "shuffle", self.spec.source, self.split, window)
         order = np.random.Generator(np.random.Philox(key=key)).permutation(sample.num_times)
         return replace(sample, values=sample.values[order], valid=sample.valid[order])

@@ -19,9 +19,9 @@ from sci_tokenizers.memory import MEMORIES
 # Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of series starts at
 # persistence, one of grids half way to its anchor, one of traces at 0.85 of its own autoregression.
 START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
-# A grid's correction has a number for each cell of a patch, far more than a lean: this factor slows its learning,
-# so that a few years of monthly fields are not learned by heart.
-GRID_PACE = 0.1
+# The correction of a grid or trace has a number for each value of a token, far more than a lean: this factor slows its
+# learning, so that a few years of monthly fields or a few records are not learned by heart.
+PACE = 0.1
 # What `_pile_features` weigh in the pile's logit before training: a dry hour is often followed by another, a wet one
 # hardly ever by a dry one, in more frames it may.
 _PILE_START = (1.0, 0.0, -3.0, 1.0, 0.0)
@@ -161,7 +161,7 @@ class GaussianHead(nn.Module):
 
     Args:
         width, num_variables: as for `Head`.
-        modality: whose values it predicts: decides memories, levels, START_LEAN and GRID_PACE.
+        modality: whose values it predicts: decides memories, levels, START_LEAN.
         num_values: K of a token.
         output_scale: as for `Head`.
         noise: numbers in the noise of a `SampleHead`.
@@ -179,7 +179,7 @@ class GaussianHead(nn.Module):
     ) -> None:
         super().__init__()
         num_memories = 0 if modality == "trace" else len(MEMORIES)
-        self.start_lean, self.pace = START_LEAN[modality], GRID_PACE if modality == "grid" else 1.0
+        self.start_lean, self.pace = START_LEAN[modality], PACE
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.num_leaning = num_values * num_memories + len(HORIZONS)  # products per answer of `_located` and `_spread`
         self.head = Head(
