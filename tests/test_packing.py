@@ -90,7 +90,9 @@ def test_questions_are_asked_from_the_last_context_frame_on() -> None:
         first = 0
         for tokens in (tokens for row in rows for tokens in row if tokens.modality == modality):
             slots = tokens.num_slots
-            worth = [[(tokens.weight[s] * tokens.valid[f, s]).mean() for s in range(slots)] for f in range(len(tokens.valid))]
+            worth = [
+                [(tokens.weight[s] * tokens.valid[f, s]).mean() for s in range(slots)] for f in range(len(tokens.valid))
+            ]
             for f in range(CONTEXT - 1, tokens.num_frames):
                 for lead in (lead for lead in tokens.leads if f + lead < tokens.num_frames):
                     ahead = np.log(tokens.time[f + lead] - tokens.time[f])

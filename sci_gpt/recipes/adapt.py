@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +31,7 @@ from sci_gpt.train.schedule import Schedule
 from sci_tokenizers.left_out import without
 from sci_tokenizers.packing import collate
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.statistics import SourceStatistics
+from sci_tokenizers.statistics import ChannelStatistics, SourceStatistics
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokens import Tokens
 from sci_tokenizers.variables import VARIABLES
@@ -342,7 +342,7 @@ class _Documents:
             self._cache[window, context] = self._encode(sample, context, without(self.statistics, sample))
         return self._cache[window, context]
 
-    def _encode(self, sample: Sample, context: int, statistics: SourceStatistics) -> Tokens:
+    def _encode(self, sample: Sample, context: int, statistics: Mapping[str, ChannelStatistics]) -> Tokens:
         return self.tokenizer.encode(sample, num_context=context, leads=self.spec.leads, statistics=statistics)
 
 

@@ -38,7 +38,9 @@ def without(statistics: Mapping[str, ChannelStatistics], sample: Sample) -> dict
         values = forward_transform(sample.values[:, v].astype(np.float64), sample.variables[v])
         valid = sample.valid[:, v]
         if row.cells is not None and row.cells.products is not None:
-            found[channel] = replace(row, cells=_cells_without(row.cells, sample, values=values, valid=valid, design=design))
+            found[channel] = replace(
+                row, cells=_cells_without(row.cells, sample, values=values, valid=valid, design=design)
+            )
         elif row.cells is None and row.products is not None:
             whole = np.asarray(row.climatology)[None]
             flat, seen = values.reshape(len(values), -1), valid.reshape(len(valid), -1)
@@ -63,6 +65,8 @@ def _cells_without(
     row = np.minimum(np.searchsorted(cells.place, places), len(cells.place) - 1)
     known = cells.place[row] == places
     row, first = row[known], first[known]
+    if not len(row):
+        return cells
     rest = _refit(
         cells.coefficients[row].astype(np.float64),
         cells.products[cells.pattern[row]],
@@ -70,8 +74,6 @@ def _cells_without(
         values=values.reshape(len(values), -1)[:, first],
         valid=valid.reshape(len(valid), -1)[:, first],
     )
-    if not len(row):
-        return cells
     return CellClimatology(place=cells.place[row], coefficients=rest)
 
 
