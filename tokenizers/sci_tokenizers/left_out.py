@@ -15,12 +15,13 @@ _WORST_CONDITION = 1e3  # of the normal equations of what remains; a cycle seen 
 
 
 def without(statistics: Mapping[str, ChannelStatistics], sample: Sample) -> dict[str, ChannelStatistics]:
-    """The climatologies of a source as least squares would have them without this sample's values.
+    """The climatologies of a source as they would be without this sample's values.
 
     A climatology of a few years has seen the window that is to be forecast, so the window comes back to it sooner than
-    any later one does, and a head that learns from such windows trusts it too much. Taking the window's rows out of
-    the normal equations, G - G_w and G c - X_w' y_w, gives the coefficients of the rest exactly. Where the rest does
-    not determine them (a window as long as most of the split) they stay as they are.
+    any later one does, and a head that learns from such windows trusts it too much. With the window's rows X and
+    residuals r, least squares of the rest are c - (G - X'X)^-1 X'r. The mean of r is taken out of the constant alone,
+    and the rest of r by this formula: in a record with a trend a gap would otherwise pass for a season. Where the rest
+    does not determine the coefficients (a window as long as most of the split) they stay as they are.
 
     Args:
         statistics: of the source, by channel.
@@ -85,11 +86,15 @@ def _refit(
     Args:
         products: (cell, P, P), of the design over all that the coefficients were fitted to.
     """
-    seen = valid.astype(np.float64)
-    moment = np.einsum("cij,cj->ci", products, coefficients)
+    seen, total = valid.astype(np.float64), products[:, 0, 0]
+    count = seen.sum(axis=0)
+    residual = np.where(valid, values - design @ coefficients.T, 0.0)
+    level = residual.sum(axis=0) / np.maximum(count, 1)
+    shape = np.where(valid, residual - level, 0.0)
     left = products - np.einsum("tc,ti,tj->cij", seen, design, design, optimize=True)
-    right = moment - np.where(valid, values, 0.0).T @ design
     spectrum = np.linalg.eigvalsh(left)
     sound = spectrum[:, 0] * _WORST_CONDITION > spectrum[:, -1]
-    left[~sound], right[~sound] = products[~sound], moment[~sound]
-    return np.asarray(np.linalg.solve(left, right[..., None])[..., 0])
+    left[~sound] = products[~sound]
+    less = np.linalg.solve(left, (shape.T @ design)[..., None])[..., 0]
+    less[:, 0] += count * level / np.maximum(total - count, 1.0)
+    return np.asarray(coefficients - np.where(sound[:, None], less, 0.0))
