@@ -57,14 +57,35 @@ class MixturePrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePrediction:
-    """Members (M, U, V, K) in scaled units, and which units are asked together.
+    """Members in scaled units, and which units are asked together: a member is location + hangs . z.
 
-    `pooled_weight` is the weight of pooled values in the loss.
+    Attributes:
+        location: (M, U, V, K), of each member.
+        hangs: (M, U, V, K, N), how each value hangs on the noise: a normal distribution, known as a whole.
+        noise: (M, U, N), standard normal z, the same for all units that are asked together.
+        pooled_weight: of pooled values in the loss.
     """
 
-    values: Tensor
+    location: Tensor
+    hangs: Tensor
+    noise: Tensor
     together: Together
     pooled_weight: float
+
+    @property
+    def values(self) -> Tensor:
+        """A draw of each member, (M, U, V, K)."""
+        return self.location + torch.einsum("muvkn,mun->muvk", self.hangs, self.noise)
+
+    @property
+    def key(self) -> Tensor:
+        """A whole number of each unit (U,), by chance, from the noise that the loss does not draw."""
+        return (self.noise[0, :, 0] * 2.0**24).long()
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of each member's value beside its location, (M, U, V, K)."""
+        return self.hangs.norm(dim=-1)
 
 
 Prediction = GaussianPrediction | MixturePrediction | SamplePrediction
@@ -208,18 +229,19 @@ class GaussianHead(nn.Module):
 class SampleHead(GaussianHead):
     """Head of a trunk that is conditioned on noise: a member is location + spread * a . z / |a|, one value each.
 
-    z is the noise of the asking frame and member, the same for all its slots; a, read out of the trunk, says how each
-    value hangs on it, so that values with like a move together. Alone each value is as wide as its spread says.
+    z is a part of the noise of the asking frame and member that the trunk does not see, the same for all its slots; a,
+    read out of the trunk, says how each value hangs on it, so that values with like a move together. Alone each value
+    is as wide as its spread says, and all of them have a normal distribution that the loss knows without drawing z.
     """
 
-    def member(self, x: Tensor, payload: PayloadInputs, *, noise: Tensor) -> Tensor:
-        """One member's values (U, V, K) in scaled units, from (N, width) and the noise of its tokens (N, noise)."""
+    def member(self, x: Tensor, payload: PayloadInputs) -> tuple[Tensor, Tensor]:
+        """One member's locations (U, V, K) and how they hang on the noise (U, V, K, N), in scaled units, from (N,
+        width)."""
         numbers = self.head(x, payload)
         at = self.distribution(numbers[..., : sum(self.sizes)], payload)
-        z = noise[payload.unit_token].to(numbers.dtype)
-        hangs = rearrange(numbers[..., sum(self.sizes) :], "u v (k n) -> u v k n", n=z.shape[1])
-        size = hangs.square().sum(dim=-1).clamp(min=1e-12).sqrt()
-        return at.mean + at.log_spread.exp() * torch.einsum("uvkn,un->uvk", hangs, z) / size
+        hangs = rearrange(numbers[..., sum(self.sizes) :], "u v (k n) -> u v k n", k=self.sizes[0])
+        size = hangs.square().sum(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
+        return at.mean, at.log_spread.exp()[..., None] * hangs / size
 
 
 class MixtureHead(nn.Module):
