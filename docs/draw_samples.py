@@ -67,7 +67,7 @@ def draw_area_mean(axes: Axes, ensembles: dict[str, np.ndarray]) -> None:
     for name, ensemble in ensembles.items():
         means = toy.away(ensemble).mean(axis=(-1, -2)).ravel() / toy.INNOVATION
         label = f"{name}: {means.std():.2f}"
-        axes.hist(means, edges, density=True, histtype="step", color=COLOURS[name], linewidth=1.4, label=label)
+        axes.hist(means, edges.tolist(), density=True, histtype="step", color=COLOURS[name], linewidth=1.4, label=label)
     axes.set_ylim(0.0, 1.05)
     axes.set_yticks([])
     axes.set_xlabel("spreads of a cell", fontsize=9)
@@ -95,7 +95,7 @@ def main() -> None:
     """Draw the figure."""
     truth, ensembles = made()
     figure = plt.figure(figsize=(14.0, 3.9), constrained_layout=True)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.0, 3.1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 3.1))[0]
     draw_maps(left.subplots(3, SHOWN), ensembles)
     panels = right.subplots(1, 3)
     draw_spectrum(panels[0], ensembles)

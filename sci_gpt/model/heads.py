@@ -17,8 +17,8 @@ from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import MEMORIES
 
 # Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of series starts at
-# persistence, one of grids half way to its anchor, one of traces at 0.85 of its own autoregression.
-START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
+# persistence, one of grids a third of the way to its anchor, one of traces at 0.85 of its own autoregression.
+START_LEAN = {"grid": 0.65, "series": 1.0, "trace": 0.15}
 # The correction of a grid or trace has a number for each value of a token, far more than a lean: this factor slows its
 # learning, so that a few years of monthly fields or a few records are not learned by heart.
 PACE = 0.1

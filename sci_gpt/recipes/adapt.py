@@ -296,7 +296,7 @@ class _Documents:
         chosen = np.linspace(0, valid.num_windows - 1, count).astype(int)
         longest = self.spec.context_frames[1]
         self._noise = known.model.settings.noise
-        held_out = [self._encode(valid.read(int(number)), longest, self.statistics) for number in chosen]
+        held_out = [self._encode(valid.read(int(n)), longest, statistics=self.statistics) for n in chosen]
         self.valid = _chunks(held_out, noise=self._noise, seed=settings.seed)
         if not sum(valid_weights(inputs)[self.modality] for inputs in self.valid):
             raise DataError(
@@ -339,10 +339,10 @@ class _Documents:
             if len(self._cache) >= _CACHED:
                 self._cache.clear()
             sample = self.train.read(window)
-            self._cache[window, context] = self._encode(sample, context, without(self.statistics, sample))
+            self._cache[window, context] = self._encode(sample, context, statistics=without(self.statistics, sample))
         return self._cache[window, context]
 
-    def _encode(self, sample: Sample, context: int, statistics: Mapping[str, ChannelStatistics]) -> Tokens:
+    def _encode(self, sample: Sample, context: int, *, statistics: Mapping[str, ChannelStatistics]) -> Tokens:
         return self.tokenizer.encode(sample, num_context=context, leads=self.spec.leads, statistics=statistics)
 
 
