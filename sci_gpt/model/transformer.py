@@ -146,7 +146,8 @@ class SciGPT(nn.Module):
             layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces, noise=z, held=held)
             x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
-        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
+        x = self.norm(x)  # float32 under autocast on a GPU
+        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, x)
 
     def members(self, x: Tensor, inputs: ModelInputs) -> dict[str, Prediction]:
         """Members of every asked unit from the trunk's output (M * T, width), by modality."""
