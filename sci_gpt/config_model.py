@@ -14,12 +14,12 @@ class Node(BaseModel):
 
 
 class TokenizerConfig(Node):
-    """Sizes of tokens: grid patch side, samples per trace frame, ids and limit of the series quantizer."""
+    """Sizes of tokens: grid patch side, samples per trace frame, ids and limit of the series quantizer (its bounds)."""
 
     grid_patch: int = Field(default=8, ge=1)
     trace_samples: int = Field(default=5, ge=1)
-    series_ids: int = Field(default=4096, ge=8)
-    series_limit: float = Field(default=15.0, gt=0)
+    series_ids: int = Field(default=4096, ge=8, le=2**18)
+    series_limit: float = Field(default=15.0, ge=1e-30, le=1e19)
 
 
 class AttentionConfig(Node):

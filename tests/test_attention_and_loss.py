@@ -84,6 +84,33 @@ def test_no_token_sees_a_later_frame(model: SciGPT) -> None:
 
 
 @torch.no_grad()
+def test_no_prediction_knows_a_later_frame(model: SciGPT) -> None:
+    """Altering a document's raw data from frame k on leaves every prediction made before k the same, bit by bit: what
+    the heads correct (anchor, spread) is no way around the trunk; each one made from k on changes.
+    """
+    rows = samples()
+    inputs = inputs_of(rows)
+    before, changed = model(inputs), 0
+    for r, d, start, frames, slots in places():
+        k = max(frames - 2, CONTEXT)
+        altered = [list(row) for row in rows]
+        altered[r][d] = altered_from(rows[r][d], k * make_tokenizer(rows[r][d].modality, SETTINGS).frame_times)
+        after = model(inputs_of(altered))
+        for modality, payload in inputs.payloads.items():
+            token = payload.index[payload.unit_token]
+            late = (token >= start + k * slots) & (token < start + frames * slots)
+            for name, expected in vars(before[modality]).items():
+                found = vars(after[modality])[name]
+                if expected is None:
+                    continue
+                assert torch.equal(found[~late], expected[~late]), (modality, name)
+            moved = vars(after[modality])["mean"] != vars(before[modality])["mean"]
+            assert moved[late].flatten(1).any(dim=1).all()
+            changed += int(late.sum())
+    assert changed
+
+
+@torch.no_grad()
 def test_documents_do_not_see_each_other(model: SciGPT) -> None:
     """Altering one document leaves every other token's output the same, bit by bit."""
     rows = samples()

@@ -31,7 +31,7 @@ def test_the_tiny_run_goes_through_and_writes_no_section(capsys: pytest.CaptureF
     assert (name, size, kept, peak) == ("tiny", "2 x 128", "full", "no device: CPU")
     assert int(parameters.replace(",", "")) > 0 and int(tokens.replace(",", "")) > 0
     product = float(re.findall(r"\(([0-9.e-]+) TFLOP/s measured", told)[0])
-    assert float(share.rstrip("%")) / 100 == pytest.approx(float(rate) / product, abs=1e-4)
+    assert float(share.rstrip("%")) / 100 == pytest.approx(float(rate) / product, rel=2e-3, abs=1e-4)
     (largest,) = [line for line in told.splitlines() if line.startswith("- Largest")]
     shares = [int(x) for x in re.findall(r"` (\d+)%", largest)]
     assert len(shares) == train_step_gpu.KERNELS and shares == sorted(shares, reverse=True) and sum(shares) <= 100

@@ -97,3 +97,19 @@ def test_the_command_calibrates_and_export_takes_the_calibration_along(
     assert (
         by_quantile(from_run, "air_temperature")[:, 0] < by_quantile(pd.read_csv(out), "air_temperature")[:, 0]
     ).all()
+
+
+def test_samples_are_not_calibrated_so_they_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Uncalibrated trajectories under the name of calibrated ones would be a lie, in Python and on the command line."""
+    config = make_run(tmp_path / "noisy", model={"size": "tiny", "noise": {"width": 6}})
+    write_calibration(config.output)
+    model, notes = sci_gpt.load_model(config.output, calibrated=True), Notes(source="station")
+    with pytest.raises(ConfigError, match=r"num_samples=2 of a calibrated model: .* leave calibration .* out"):
+        model.forecast(table(), 1, num_samples=2, notes=notes)
+    table().to_csv(tmp_path / "in.csv")
+    words = ["forecast", str(config.output), str(tmp_path / "in.csv"), "--horizon", "1", "--source", "station"]
+    words += ["--num-samples", "2", "--out", str(tmp_path / "out.csv")]
+    assert cli.main([*words, "--calibrated"]) == 2
+    assert "a calibration stretches quantiles" in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+    assert cli.main(words) == 0
+    assert len(model.forecast(table(), 1, notes=notes)) == 2 * 3  # two columns by three levels

@@ -246,3 +246,21 @@ def test_bad_input() -> None:
             ChronosQuantizer(**sizes)
     with pytest.raises(QuantizerError, match="at least 1, got 0 and 64"):
         ChronosQuantizer(context_length=0)
+
+
+def test_a_masked_array_is_missing_where_it_is_masked() -> None:
+    """As NaN there, in contexts and labels, of numbers and of integers; an array whose mask is all False is whole."""
+    quantizer = ChronosQuantizer(prediction_length=6)
+    values = np.random.default_rng(3).standard_normal((2, 6)).astype(np.float32)
+    hidden = np.zeros(values.shape, bool)
+    hidden[0, 2:4] = hidden[1, 5] = True
+    holed = np.where(hidden, np.float32(np.nan), values)
+    by_mask, by_nan = quantizer.encode_context(np.ma.masked_array(values, hidden)), quantizer.encode_context(holed)
+    for found, expected in zip(by_mask, by_nan, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    scale = np.ones(2, np.float32)
+    ids, mask = quantizer.encode_labels(np.ma.masked_array(values, hidden), scale)
+    assert not mask[:, :6][hidden].any() and mask[:, :6][~hidden].all() and (ids[:, :6][hidden] == PAD).all()
+    whole = np.ma.masked_array([[1, 2, 3]], mask=[[False, True, False]])
+    assert quantizer.encode_context(whole)[1].tolist() == [[True, False, True, True]]
+    assert quantizer.encode_context(np.ma.masked_array(values))[1].all()

@@ -13,6 +13,12 @@ import yaml
 
 from sci_gpt.config_file import show_config
 from sci_launch import cli
+from sci_tokenizers.packing import PackingError
+from sci_tokenizers.quantizer import QuantizerError
+from sci_tokenizers.sample import SampleError
+from sci_tokenizers.tokenizer import TokenizerError
+from sci_tokenizers.tokens import TokensError
+from sci_tokenizers.variables import UnitError
 from toy_store import toy_config, write_store
 
 HEAVY = ("torch", "deepspeed", "mlflow", "pandas", "xarray", "obspy", "scipy")
@@ -213,6 +219,18 @@ def test_a_wrong_command_line_is_one_line_on_stderr_and_exit_code_2(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize("kind", [PackingError, QuantizerError, SampleError, TokenizerError, TokensError, UnitError])
+def test_an_error_of_the_tokenizers_is_one_line(
+    kind: type[ValueError], monkeypatch: pytest.MonkeyPatch, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise kind("what came,\nand what to do")
+
+    monkeypatch.setattr("sci_gpt.recipes.plan.plan", refusing)
+    assert cli.main(["plan", str(toy / "run.yaml")]) == 2
+    assert capsys.readouterr().err == "sci-gpt: what came, and what to do\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:

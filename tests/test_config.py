@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from sci_gpt.config import DataConfig, PretrainConfig
+from sci_gpt.config import DataConfig, PretrainConfig, TokenizerConfig
 from sci_gpt.config_file import load_config, parse_config, show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.recipes.studies import SweepConfig, TransferConfig
+from sci_tokenizers.quantizer import Quantizer, QuantizerError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,6 +125,18 @@ def test_a_misspelt_key_in_a_list_of_a_data_configuration_is_named(tmp_path: Pat
         (("parallel",), {"dtype": "bf16", "zero_stage": 0}, r"parallel: dtype bf16 with zero_stage 0"),
         (("optimizer", "learning_rate"), float("nan"), r"optimizer\.learning_rate: .*finite number"),
         (("model",), {}, r"missing key 'model\.size'"),
+        (
+            ("tokenizer",),
+            {"series_ids": 1000000},
+            r"tokenizer\.series_ids: .*less than or equal to 262144, got 1000000",
+        ),
+        (("tokenizer",), {"series_ids": 7}, r"tokenizer\.series_ids: .*greater than or equal to 8, got 7"),
+        (
+            ("tokenizer",),
+            {"series_limit": 1e30},
+            r"tokenizer\.series_limit: .*less than or equal to 1000.*, got 1e",
+        ),
+        (("tokenizer",), {"series_limit": 0.0}, r"series_limit: .*greater than or equal to 0\.000.*, got 0\.0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place_and_what_came(
@@ -135,6 +149,18 @@ def test_a_wrong_value_is_refused_with_its_place_and_what_came(
     node[place[-1]] = value
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, tree), PretrainConfig)
+
+
+def test_the_tokenizers_bounds_are_those_of_the_quantizer() -> None:
+    """What the configuration takes makes a quantizer, and what it refuses does not."""
+    for ids, limit in ((8, 1e-30), (2**18, 1e19)):
+        config = TokenizerConfig(series_ids=ids, series_limit=limit)
+        assert Quantizer(config.series_ids, config.series_limit).num_ids == ids
+    for ids, limit in ((7, 15.0), (2**18 + 1, 15.0), (4096, 0.99e-30), (4096, 1.01e19)):
+        with pytest.raises(QuantizerError):
+            Quantizer(ids, limit)
+        with pytest.raises(ValidationError):
+            TokenizerConfig(series_ids=ids, series_limit=limit)
 
 
 def test_a_password_in_the_tracking_address_is_refused_and_not_repeated(tmp_path: Path) -> None:

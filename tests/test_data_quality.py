@@ -153,6 +153,31 @@ def records_of(data: np.ndarray, *, rate: float, **options: Any) -> list[Sample]
     return list(stream_samples(stream, settings, event="one", places={}))
 
 
+def test_a_value_that_is_not_finite_ends_a_stretch() -> None:
+    """Two pieces, each filtered by itself, as if the record had the gap; a record of nothing else is refused."""
+    counts = np.random.default_rng(1).normal(0, 100, 30_000)
+    holed = counts.copy()
+    holed[14_000] = np.nan
+    header = {"network": "XX", "station": "AAA", "channel": "HHZ", "sampling_rate": 100.0}
+    settings = SourceSettings(name="quakes", reader="obspy_records", modality="trace", files=(), options={})
+    begin = obspy.UTCDateTime(0)
+    whole = obspy.Trace(holed, {**header, "starttime": begin})
+    cut = [
+        obspy.Trace(counts[:14_000], {**header, "starttime": begin}),
+        obspy.Trace(counts[14_001:], {**header, "starttime": begin + 140.01}),
+    ]
+    found, expected = (
+        list(stream_samples(obspy.Stream(traces), settings, event="one", places={})) for traces in ([whole], cut)
+    )
+    assert len(found) == len(expected) == 2
+    for one, two in zip(found, expected, strict=True):
+        assert one.key == two.key and one.time[0] == two.time[0]
+        np.testing.assert_array_equal(one.values, two.values)
+    with pytest.raises(DataError, match=r"no value of XX\.AAA\.\.HHZ from 1970.* is finite; leave it out"):
+        silent = obspy.Trace(np.full(30_000, np.nan), {**header, "starttime": begin})
+        list(stream_samples(obspy.Stream([silent]), settings, event="one", places={}))
+
+
 @pytest.mark.parametrize("rate", [100.0, 40.0, 10.0])
 def test_a_recorder_at_its_limit_is_seen_before_the_filter_rounds_it(tmp_path: Path, rate: float) -> None:
     """A wave of 0.2 Hz that from 60 to 90 s is twice what 10,000 counts can hold; 200 s."""

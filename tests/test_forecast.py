@@ -213,12 +213,44 @@ def test_a_place_is_told_to_the_model(model: LoadedModel) -> None:
             r"lies between",
         ),
         (lambda data: data[[]], r"no column of \[\] holds numbers"),
+        (
+            lambda data: data.astype({"wind_speed": object}).replace(
+                {"wind_speed": {data["wind_speed"].iloc[3]: "n/a?"}}
+            ),
+            r"column 'wind_speed', read as wind_speed, holds 'n/a\?' at 2024-02-28 03:00:00, which is no number; empty",
+        ),
+        (
+            lambda data: data.assign(wind_speed="calm").rename(columns={"wind_speed": "wind_speed [km h-1]"}),
+            r"holds 'calm' at 2024-02-28 00:00:00 \(and 39 more such cells\)",
+        ),
+        (
+            lambda data: data[["air_temperature", "wind_speed", "wind_speed"]],
+            r"column 'wind_speed' stands 2 times in the table; rename or drop",
+        ),
+        (lambda data: data.set_axis([1, 2], axis="columns"), r"'1' is not in the variable table"),
+        (
+            lambda data: pd.concat([data, data.iloc[[20]].set_index(data.index[[20]] + pd.Timedelta("5min"))]),
+            r"rows at 2024-02-28 20:00:00 and 2024-02-28 20:05:00 stand for one and the same step of .*drop one of",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_forecast_is_refused(model: LoadedModel, change: object, message: str) -> None:
     assert callable(change)
     with pytest.raises((DataError, UnknownVariableError), match=message):
         model.forecast(change(table()), 1)
+
+
+def test_numbers_held_as_objects_or_words_are_numbers_and_other_words_are_left_out(model: LoadedModel) -> None:
+    data = table()
+    plain = model.forecast(data, 1)
+    pd.testing.assert_frame_equal(model.forecast(data.astype(object), 1), plain)
+    pd.testing.assert_frame_equal(model.forecast(data.astype(str).assign(station="Bern"), 1), plain)
+    gaps = data.astype({"wind_speed": object})
+    gaps.iloc[3, 1], gaps.iloc[4, 1] = None, " "
+    assert model.forecast(gaps, 1)["value"].notna().all()
+    with pytest.raises(DataError, match=r"holds 'calm' at .*empty cells that are missing"):
+        notes = Notes(columns={"wind": "wind_speed"})
+        model.forecast(pd.DataFrame({"wind": ["calm", *data["wind_speed"][1:]]}, index=data.index), 1, notes=notes)
 
 
 def test_notes_that_do_not_fit_are_refused(model: LoadedModel) -> None:
@@ -242,6 +274,13 @@ def test_notes_that_do_not_fit_are_refused(model: LoadedModel) -> None:
         ({"quantiles": (0.9, 0.1)}, r"ascending levels between 0 and 1, got \[0\.9, 0\.1\]"),
         ({"quantiles": (0.5, 1.0)}, r"ascending levels between 0 and 1"),
         ({"quantiles": ()}, r"ascending levels between 0 and 1, got \[\]"),
+        ({"quantiles": 0.5}, r"ascending levels between 0 and 1, as in \(0\.1, 0\.5, 0\.9\), got 0\.5"),
+        ({"quantiles": "0.5"}, r"as in .*got '0\.5'"),
+        ({"quantiles": None}, r"as in .*got None"),
+        ({"horizon": 1.5}, r"horizon is a whole number, got 1\.5 of type float"),
+        ({"horizon": "2"}, r"horizon is a whole number, got '2' of type str"),
+        ({"horizon": None}, r"horizon is a whole number, got None"),
+        ({"num_samples": 2.5}, r"num_samples is a whole number"),
     ],
 )
 def test_what_the_model_cannot_give_is_refused(model: LoadedModel, wanted: dict[str, object], message: str) -> None:

@@ -161,6 +161,10 @@ def test_two_variables_are_forecast_each(model: LoadedModel) -> None:
             lambda data: data.isel(time=[*range(6), *range(5, 20)]),
             r"step 5 -> 6 goes 0.0 s; .*keep one field of each time",
         ),
+        (
+            lambda data: data.assign_coords(time=data["time"].where(np.arange(20) != 4)),
+            r"time 4 is nan, not a time; drop what has no time",
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_forecast_is_refused(model: LoadedModel, change: object, message: str) -> None:

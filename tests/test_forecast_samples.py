@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,20 @@ def test_what_cannot_be_sampled_is_one_clear_error(model: LoadedModel, tmp_path:
         model.forecast(table(2), 1, num_samples=2)
     with pytest.raises(ConfigError, match="is not one that this model knows"):
         model.forecast(table(), 1, num_samples=2, notes=Notes(source="statoin"))
+
+
+@pytest.mark.parametrize(("radius", "limits"), [(1, True), (2, False)])
+def test_a_radius_refuses_samples_only_where_it_limits_a_layer(
+    model: LoadedModel, radius: int, limits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The field has 2 x 3 patches of 4 x 4 cells: a radius of 1 cuts its columns, one of 2 does not; a table and a
+    stream have neither rows nor columns.
+    """
+    monkeypatch.setattr(model.model, "settings", replace(model.model.settings, radius=radius))
+    assert model.forecast(table(), 2, num_samples=2)["value"].notna().all()
+    assert all(np.isfinite(trace.data).all() for trace in model.forecast(record(), 5, num_samples=2))
+    if limits:
+        with pytest.raises(ConfigError, match=r"a grid of 6 patches.* attention.radius 1; ask for quantiles"):
+            model.forecast(field(), 1, num_samples=2)
+    else:
+        assert model.forecast(field(), 1, num_samples=2)["t"].sizes["sample"] == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import obspy
 import pytest
 
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.load import LoadedModel, load_model
+from sci_tokenizers.sample import Sample
 from toy_model import make_run
 
 
@@ -25,6 +28,14 @@ def record(
     counts = 300.0 * np.sin(2 * np.pi * 0.8 * time) + 40.0 * np.random.default_rng(2).standard_normal(len(time))
     header = {"network": "XX", "station": "ABC", "location": location, "channel": channel, "sampling_rate": rate}
     return obspy.Trace(counts.astype(np.int32), header | {"starttime": obspy.UTCDateTime(start)})
+
+
+def holed(where: slice | int, value: float = np.nan) -> obspy.Trace:
+    """The record with values that are not finite there."""
+    trace = record()
+    trace.data = trace.data.astype(np.float64)
+    trace.data[where] = value
+    return trace
 
 
 def test_a_stream_gives_one_trace_per_channel_and_quantile_at_the_working_rate(model: LoadedModel) -> None:
@@ -70,11 +81,49 @@ def test_a_gap_cuts_off_what_lies_before_it(model: LoadedModel) -> None:
         (obspy.Stream([record(channel="BHX")]), "BHX"),
         (obspy.Stream([record(seconds=1.0)]), "time steps are shorter than the context of 20"),
         (obspy.Stream([record(), record(channel="BHN", start=2e9)]), "share no time"),
+        (obspy.Stream([holed(slice(None))]), r"no value of XX\.ABC\.00\.BHZ from .* is finite; leave it out"),
     ],
 )
 def test_a_stream_that_cannot_be_forecast_is_refused(model: LoadedModel, stream: obspy.Stream, message: str) -> None:
     with pytest.raises(DataError, match=message):
         model.forecast(stream, 1)
+
+
+def test_what_is_not_finite_is_a_gap(model: LoadedModel) -> None:
+    """The forecast is that of what follows it; where nothing does, of what stands before."""
+    whole = record()
+    after = whole.slice(whole.stats.starttime + 20.025, None)
+    after.data = after.data.astype(np.float64)
+    expected = model.forecast(obspy.Stream([after]), 5)
+    for value in (np.nan, np.inf):
+        found = model.forecast(obspy.Stream([holed(800, value)]), 5)
+        for one, two in zip(found, expected, strict=True):
+            assert one.stats.starttime == two.stats.starttime
+            np.testing.assert_array_equal(one.data, two.data)
+    assert model.forecast(obspy.Stream([holed(slice(1200, None))]), 5)[0].stats.starttime == obspy.UTCDateTime(1e9) + 30
+
+
+def test_seismometers_go_through_the_model_together(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one length in one call, with the forecasts that each has alone; a shorter one by itself."""
+    stream = obspy.Stream()
+    for number, seconds in enumerate((40.0, 6.0, 40.0, 40.0)):
+        trace = record(seconds=seconds)
+        trace.stats.station, trace.data = f"S{number}", trace.data + 100 * number
+        stream.append(trace)
+    alone = [model.forecast(obspy.Stream([trace]), 5) for trace in stream]
+    calls, quantiles = [], model.predictor.quantiles
+
+    def counted(samples: list[Sample], **words: Any) -> list[np.ndarray]:
+        calls.append(len(samples))
+        return quantiles(samples, **words)
+
+    monkeypatch.setattr(model.predictor, "quantiles", counted)
+    together = model.forecast(stream, 5)
+    assert calls == [3, 1]
+    expected = [trace for part in alone for trace in part]
+    for one, two in zip(together, expected, strict=True):
+        assert one.id == two.id
+        np.testing.assert_allclose(one.data, two.data, rtol=1e-5, atol=1e-3)
 
 
 def test_traces_out_of_order_are_put_in_order(model: LoadedModel) -> None:

@@ -238,3 +238,18 @@ def test_a_patch_half_off_the_earth_has_the_place_of_its_known_half() -> None:
     assert tokens.slot_features[0, 0] == pytest.approx(sample.latitude[:4, 0].mean(), rel=1e-6)
     assert np.isnan(tokens.slot_features[1, 0])
     assert np.isfinite(tokens.weight).all()
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 280.1, 300.7, 1e6])
+def test_a_constant_context_has_no_spread_but_what_float32_tells(level: float) -> None:
+    """Rounding of its mean is no spread: the scale is 1, as of zeros, and half a unit more stays a small number."""
+    sample = toy_sample("grid", 8, missing=0.0)
+    values = np.full_like(sample.values, np.float32(level))
+    values[5:] += np.float32(0.5)
+    for name in ("air_temperature", "precipitation_amount"):  # as it is, and as log1p
+        film = replace(sample, values=values, variables=(name, name), levels=(85000.0, 50000.0))
+        tokens = GridTokenizer(TokenizerSettings(grid_patch=4)).encode(film, num_context=3, leads=(1,))
+        assert (tokens.scale == 1).all() and np.abs(tokens.payload).max() <= 0.51
+    told = replace(sample, values=np.float32(300.0) + np.float32(0.01) * (sample.values > 0).cumsum(0, np.float32))
+    tokens = GridTokenizer(TokenizerSettings(grid_patch=4)).encode(told, num_context=3, leads=(1,))
+    assert (tokens.scale < 0.1).all() and (tokens.scale > 0).all()

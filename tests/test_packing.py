@@ -112,6 +112,29 @@ def test_questions_are_asked_from_the_last_context_frame_on() -> None:
         assert (payload.unit_weight == 0).any() or modality != "series"  # the toy series has whole missing tokens
 
 
+def test_what_a_head_corrects_is_of_the_token_that_asks() -> None:
+    """Plain loops: a unit's anchor and spread are those of its own frame, slot and lead, not of another's."""
+    rows = [
+        [document("grid", 6, leads=(1, 2)), document("series", 12, leads=(1, 3))],
+        [document("trace", 10, seed=1, leads=(1, 2)), document("series", 10, seed=2, leads=(1, 3))],
+    ]
+    batch = collate(rows, 100)
+    several = 0
+    for modality, payload in batch.payloads.items():
+        anchors, spreads = [], []
+        for tokens in (tokens for row in rows for tokens in row if tokens.modality == modality):
+            several += tokens.anchor.shape[-1] > 1
+            for f in range(CONTEXT - 1, tokens.num_frames):
+                for number, _ in ((n, lead) for n, lead in enumerate(tokens.leads) if f + lead < tokens.num_frames):
+                    own = number if tokens.anchor.shape[-1] > 1 else 0  # one for all leads where nothing is forecast
+                    for s in range(tokens.num_slots):
+                        anchors.append(tokens.anchor[f, s, :, :, own])
+                        spreads.append(tokens.anchor_spread[f, s, :, :, own])
+        np.testing.assert_array_equal(payload.unit_anchor, np.stack(anchors))
+        np.testing.assert_array_equal(payload.unit_spread, np.stack(spreads))
+    assert several == 3  # both series and the trace forecast themselves, lead by lead
+
+
 def test_payloads_are_the_documents_tokens() -> None:
     rows, batch = mixed()
     for modality, payload in batch.payloads.items():

@@ -20,7 +20,7 @@ from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.token_page import draw, metrics, table_of
-from sci_gpt.recipes.token_report import BANDS, entropy_bits, refusals, token_report
+from sci_gpt.recipes.token_report import BANDS, _Pool, _verdict, entropy_bits, refusals, token_report
 from sci_launch import cli
 from sci_tokenizers.quantizer import PAD
 from sci_tokenizers.series import SeriesTokenizer
@@ -91,8 +91,20 @@ def test_every_number_of_a_series_equals_a_plain_computation(config: PretrainCon
         assert row.use.entropy_bits == pytest.approx(bits, abs=1e-6)
         assert (row.use.ids_used, row.use.ids, sum(row.use.bands)) == (len(counts), 4093, len(values))
         assert row.use.clipped == pytest.approx(np.mean(beyond))
-        top = [b for x, b in zip(values, beyond, strict=True) if x >= np.quantile(values, 0.99)]
+        top = [beyond[i] for i in sorted(range(len(values)), key=values.__getitem__)[-math.ceil(len(values) / 100) :]]
         assert row.use.clipped_top == pytest.approx(np.mean(top))
+
+
+def test_ties_do_not_dilute_what_is_clipped_of_the_largest_values() -> None:
+    """993 dry hours and 7 of rain, all of them clipped: of the 10 largest 7 are, whatever the quantile's value is."""
+    bins, pool = SeriesTokenizer(TokenizerSettings()).quantizer.bins, _Pool()
+    rain = np.concatenate([np.linspace(1.0, 5.0, 7), np.zeros(993)])
+    valid = np.ones(1000, bool)
+    pool.add(rain, valid, scaled=rain / 0.05, ids=bins.ids(rain / 0.05, valid), scale=0.05)
+    use = pool.use(bins)
+    assert use is not None
+    assert use.clipped == pytest.approx(0.007) and use.clipped_top == pytest.approx(0.7)
+    assert "70.0% of the largest 1 % of values are clipped" in str(_verdict(use))
 
 
 def test_grids_and_traces_come_back_and_use_no_ids(config: PretrainConfig) -> None:

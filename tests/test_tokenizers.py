@@ -313,6 +313,15 @@ def test_refusals_name_the_sample(modality: str) -> None:
         tokenizer.encode(sample, num_context=FRAMES + 1, leads=(1,))
 
 
+@pytest.mark.parametrize("modality", TOKENIZERS)
+@pytest.mark.parametrize("leads", [(), (0,), (-1,), (2, 1), (1, 1)])
+def test_leads_that_are_none_are_refused(modality: str, leads: tuple[int, ...]) -> None:
+    tokenizer = make_tokenizer(modality, SETTINGS)
+    sample = toy_sample(modality, 8 * tokenizer.frame_times)
+    with pytest.raises(TokenizerError, match=r"sample 'toy/.*leads are frames ahead, ascending and from 1 on"):
+        tokenizer.encode(sample, num_context=4, leads=leads)
+
+
 def test_a_trace_window_is_whole_frames() -> None:
     tokenizer, sample = made("trace")
     with pytest.raises(TokenizerError, match="whole frames of 5 times, got 119 times"):

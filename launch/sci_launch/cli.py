@@ -60,11 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _for_a_person(error: Exception) -> str | None:
     """The one line for an error that the user can mend; None for a defect of ours, which keeps its traceback."""
-    from sci_tokenizers.sample import SampleError  # these three load numpy, which `--help` does not need
-    from sci_tokenizers.tokenizer import TokenizerError
-    from sci_tokenizers.variables import UnitError, UnknownVariableError
+    # These load numpy, which `--help` does not need.
+    from sci_tokenizers import packing, quantizer, sample, tokenizer, tokens, variables
 
-    if isinstance(error, SciGptError | SampleError | TokenizerError | UnitError | UnknownVariableError):
+    of_data = (sample.SampleError, variables.UnitError, variables.UnknownVariableError, tokenizer.TokenizerError)
+    of_tokens = (tokens.TokensError, packing.PackingError, quantizer.QuantizerError)
+    if isinstance(error, (SciGptError, *of_data, *of_tokens)):
         return str(error)
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
     # Libraries in C and Rust (HDF5, SQLite, safetensors) report a full disk in words of their own.

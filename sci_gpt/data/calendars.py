@@ -53,7 +53,8 @@ def clock(numbers: np.ndarray, units: str, *, calendar: str, where: str) -> Cloc
     """
     numbers = np.asarray(numbers, np.float64)
     if not np.isfinite(numbers).all():
-        raise DataError(f"{where}: time {int(np.argmin(np.isfinite(numbers)))} is {numbers[~np.isfinite(numbers)][0]}")
+        at = int(np.argmin(np.isfinite(numbers)))
+        raise DataError(f"{where}: time {at} is {numbers[at]}, not a time; drop what has no time, or mend the axis")
     try:
         dates = cftime.num2date(numbers, units, calendar=calendar)
     except (ValueError, OverflowError) as error:

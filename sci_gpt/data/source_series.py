@@ -150,7 +150,9 @@ def _station_samples(
     name = name or next(iter(places), "station")
     place = places.get(name, {})
     steps, step_seconds, axis_seconds = _regular(seconds, settings)
+    rows_of_steps = steps
     steps, keep = np.unique(steps, return_index=True)  # a time that stands twice is taken once, its first row
+    _refuse_shared(seconds, keep[np.searchsorted(steps, rows_of_steps)], where=f"{settings.where}, {name}")
     station = Station(
         key=f"{settings.name}/{slug(name)}",
         source=settings.name,
@@ -161,6 +163,17 @@ def _station_samples(
         **{part: float(place.get(part, "nan")) for part in ("latitude", "longitude", "elevation")},
     )
     yield from regular_samples(station, steps, values=values[keep], clock=posix_clock(axis_seconds))
+
+
+def _refuse_shared(seconds: np.ndarray, first: np.ndarray, *, where: str) -> None:
+    """Raise where rows of different times stand for one step, whose first row is `first`: all but one would be lost."""
+    other = np.flatnonzero(seconds != seconds[first])
+    if len(other):
+        one, two = (np.datetime64(round(seconds[row]), "s") for row in (first[other[0]], other[0]))
+        raise DataError(
+            f"{where}: rows at {one} and {two} stand for one and the same step; correct option step, or keep one row "
+            "of each step"
+        )
 
 
 def _values(table: pd.DataFrame, settings: SourceSettings) -> tuple[tuple[str, ...], np.ndarray]:

@@ -28,7 +28,8 @@ COMPONENT = {"Z": 0, "N": 1, "1": 1, "E": 2, "2": 2}
 class EventRecords:
     """Event records -> traces of one receiver and three components, at the working rate, filtered causally.
 
-    A receiver's components are cut to the time that all of them cover; a gap ends a stretch and the filter starts anew.
+    A receiver's components are cut to the time that all of them cover; a gap, or a value that is not finite, ends a
+    stretch and the filter starts anew.
     A component that was not recorded is missing throughout.
     """
 
@@ -144,7 +145,7 @@ def stream_samples(
             stats.channel[:-1].strip(),
             f"{stats.sampling_rate:.4f}",
         )
-        receivers.setdefault(band, {}).setdefault(component, []).append(trace)
+        receivers.setdefault(band, {}).setdefault(component, []).extend(_finite_pieces(trace, settings.where))
     if not receivers:
         raise DataError(f"{settings.where}: event {event!r} has no record")
     for band, components in sorted(receivers.items()):
@@ -155,6 +156,22 @@ def stream_samples(
             if length >= float(settings.options.get("min_seconds", 60.0)):
                 key = f"{settings.name}/{slug(event)}/{name}" + (f"/{part}" if part else "")
                 yield _sample(pieces, settings, key=key, place=_place(pieces, places))
+
+
+def _finite_pieces(trace: Any, where: str) -> list[Any]:
+    """The trace, cut where it has no finite value: that is a gap like any other.
+
+    Raises:
+        DataError: it has none at all.
+    """
+    present = np.isfinite(trace.data) & ~np.ma.getmaskarray(trace.data)
+    if present.all():
+        return [trace]
+    if not present.any():
+        raise DataError(f"{where}: no value of {trace.id} from {trace.stats.starttime} on is finite; leave it out")
+    masked = trace.copy()
+    masked.data = np.ma.masked_array(np.ma.getdata(trace.data), mask=~present)
+    return list(masked.split())
 
 
 def _continuous(components: Mapping[int, list[Any]]) -> Iterator[dict[int, Any]]:

@@ -50,7 +50,11 @@ def working_rate(
     """
     values = np.asarray(data, np.float64)
     if not values.size or not np.isfinite(values).all():
-        raise DataError(f"a waveform must be finite and not empty, got {values.size} samples")
+        wrong = int((~np.isfinite(values)).sum())
+        raise DataError(
+            f"a waveform is finite and not empty, got {values.size} samples, {wrong} of them not finite; cut it "
+            "at these"
+        )
     factor = decimation(rate_hz, target_hz)
     if high_pass_hz is not None:
         if not 0 < high_pass_hz < rate_hz / 2:

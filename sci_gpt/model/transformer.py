@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sci_gpt.errors import ConfigError
 from sci_gpt.model.attention import Reach
-from sci_gpt.model.cache import KeyValueCache
+from sci_gpt.model.cache import KeyValueCache, LayerCache
 from sci_gpt.model.checkpointing import Checkpointing, run_layer
 from sci_gpt.model.embed import ContextEmbedding, PayloadEmbedding
 from sci_gpt.model.heads import (
@@ -95,6 +96,7 @@ class SciGPT(nn.Module):
 
         Raises:
             ValueError: `last_frames`, but a unit asks another frame.
+            ConfigError: a cache, and a document of which a layer's tokens see a neighbourhood alone.
         """
         if last_frames:
             _check_asked(inputs)
@@ -132,17 +134,12 @@ class SciGPT(nn.Module):
         order, laid = inputs.by_document()
         x, rotary, z = x[order], Rotary.of(laid, self.shape.head_width), None if z is None else z[order]
         wide, radius = Reach.of(laid), self.settings.radius
-        if cache is not None and radius is not None:
-            raise ValueError(
-                f"a key-value cache lets every layer see all patches, this model's see a radius of {radius}: draw "
-                "samples with a model whose attention.radius is null"
-            )
         near = wide if radius is None else Reach.of(laid, radius=radius)
         asked, pieces = (laid.last_frames, _PIECES) if last_frames else (None, 1)
         for number, block in enumerate(self.blocks, start=1):
             only = asked if number == len(self.blocks) else None
             reach = near if number % self.settings.global_every else wide
-            held = None if cache is None else cache.layers[number - 1]
+            held = None if cache is None else _held(cache, number, reach=reach, radius=radius)
             layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces, noise=z, held=held)
             x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
@@ -197,6 +194,19 @@ def _heads(width: int, settings: ModelSettings, *, values: dict[str, int]) -> di
             output_scale=output_scale,
         )
     return {name: heads[name] for name in values}
+
+
+def _held(cache: KeyValueCache, number: int, *, reach: Reach, radius: int | None) -> LayerCache:
+    """Of layer `number`: its queries all meet the same keys, so no document may have a neighbourhood of its own there;
+    those within the radius (series and traces always are) have none.
+    """
+    if reach.near:
+        raise ConfigError(
+            f"samples of a grid of {reach.near[0].group.slots} patches: a trajectory keeps the keys of all of them, "
+            f"and in layer {number} of this model a patch sees those within attention.radius {radius}; ask for "
+            "quantiles, give a smaller region, or train a model whose attention.radius is null"
+        )
+    return cache.layers[number - 1]
 
 
 def _check_asked(inputs: ModelInputs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 
@@ -27,20 +28,56 @@ class Sampling:
         """From what a user gives; None where quantiles are asked. A seed that is not given is 0.
 
         Raises:
-            ConfigError: no or too few samples, or a model that predicts marginals only (`noise_width` 0).
+            ConfigError: no or too few samples, a seed that is no whole number, or a model that predicts marginals only
+                (`noise_width` 0).
         """
         if num_samples is None:
             if seed is not None:
                 raise ConfigError(f"seed={seed} without num_samples: quantiles are not drawn; leave it out")
             return None
-        if num_samples < 1:
-            raise ConfigError(f"num_samples is at least 1, got {num_samples}")
+        num_samples = _whole(num_samples, "num_samples")
         if not noise_width:
             raise ConfigError(
                 f"num_samples={num_samples}, seed={seed}: this model gives marginal quantiles, no trajectories; "
                 "ask for quantiles, or train a model with model.noise.width above 0 (docs/model.md, Samples)"
             )
-        return cls(num_samples=num_samples, seed=0 if seed is None else seed)
+        if seed is not None and not isinstance(seed, Integral):
+            raise ConfigError(f"seed is a whole number, got {seed!r}")
+        return cls(num_samples=num_samples, seed=0 if seed is None else int(seed))
+
+
+def check_horizon(horizon: object) -> int:
+    """Steps ahead, checked.
+
+    Raises:
+        ConfigError: not a whole number from 1 on.
+    """
+    return _whole(horizon, "horizon", unit=" step")
+
+
+def check_levels(quantiles: Sequence[float]) -> tuple[float, ...]:
+    """Quantile levels, checked.
+
+    Raises:
+        ConfigError: none, not ascending, outside 0..1, or no sequence of numbers.
+    """
+    try:
+        levels = tuple(float(level) for level in quantiles)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"quantiles are ascending levels between 0 and 1, as in (0.1, 0.5, 0.9), got {quantiles!r}"
+        ) from error
+    if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
+        raise ConfigError(f"quantiles are ascending levels between 0 and 1, got {list(levels)}")
+    return levels
+
+
+def _whole(number: object, name: str, *, unit: str = "") -> int:
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise ConfigError(f"{name} is a whole number, got {number!r} of type {type(number).__name__}")
+    if number < 1:
+        raise ConfigError(f"{name} is at least 1{unit}, got {number}")
+    return int(number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,20 @@ class CalibratedPredictor(Predictor):
             for sample, array in zip(samples, arrays, strict=True)
         ]
 
+    def trajectories(
+        self, samples: Sequence[Sample], *, num_context: int, num_frames: int, num_samples: int, seed: int
+    ) -> list[np.ndarray]:
+        """Refused: a calibration is of quantiles.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"num_samples={num_samples} of a calibrated model: a calibration stretches quantiles, value by value and "
+            "lead by lead, and trajectories would come out as they were; ask for quantiles, or leave calibration "
+            "(calibrated=True, --calibrated) out"
+        )
+
 
 def load_calibrated(uri: str | Path, *, tracking_uri: str | None = None) -> LoadedModel:
     """As `load_model`, with the calibration that `sci-gpt evaluate` wrote for these weights.

@@ -15,6 +15,7 @@ from sci_gpt.errors import ConfigError, DataError
 from sci_gpt.recipes.film import Column, Film, Label, Notes, column_of, extend_values, refuse_missing, split_header
 from sci_gpt.recipes.table_guess import TableWords, read_table
 from sci_tokenizers.sample import Modality, Sample
+from sci_tokenizers.variables import VARIABLES
 
 TABLE_OPTION = "table"  # of a source that was finetuned on a table: how that was read, so that the next is read alike
 # How far (in steps) a row may lie from the regular axis that the table's step makes, and still stand for that time.
@@ -26,12 +27,15 @@ _SPARSE = 20
 class SeriesFilm(Film):
     """One station's table: a row per time, a column per variable; absent rows and empty cells are missing values.
 
+    Columns of a variable's name, or named in the notes, hold numbers; columns of words under other names are left out.
+
     The step is the median of the differences; steps of 28-31 days are calendar months, of 365-366 days years.
     """
 
     modality: ClassVar[Modality] = "series"
 
     def __init__(self, data: pd.DataFrame, *, notes: Notes, options: Mapping[str, Any]) -> None:
+        data = _headed(data)
         if TABLE_OPTION in options and not notes.columns:
             read = read_table(data, TableWords.from_options(options[TABLE_OPTION]), say=lambda line: None)
             data, notes = read.table, replace(notes, columns=read.words.columns, time=None)
@@ -43,11 +47,11 @@ class SeriesFilm(Film):
         far = np.abs(self._axis[nearest] - table.index) > step * _SNAP
         if far.any():
             raise DataError(f"time {table.index[far][0]} lies between two steps of {step}; give a table with one step")
+        _refuse_shared(table.index, nearest, step=step)
         values = np.zeros((len(self._axis), len(self._columns), 1, 1), np.float32)
         valid = np.zeros(values.shape, bool)
         for v, column in enumerate(self._columns):
-            numbers = pd.to_numeric(table[column.name], errors="coerce").to_numpy(np.float64)
-            values[nearest, v, 0, 0], valid[nearest, v, 0, 0] = column.read(numbers)
+            values[nearest, v, 0, 0], valid[nearest, v, 0, 0] = column.read(_numbers(table[column.name], column))
         times = posix_clock(_seconds(self._axis))
         place = np.array(notes.place, np.float32).reshape(3, 1, 1)
         self.contexts = [
@@ -104,6 +108,54 @@ class SeriesFilm(Film):
         return pd.date_range(self._axis[-1], periods=num_times + 1, freq=self._axis.freq)[1:]
 
 
+def _headed(data: pd.DataFrame) -> pd.DataFrame:
+    """The table with its columns' names as text.
+
+    Raises:
+        DataError: two columns of one name.
+    """
+    table = data.set_axis([str(header) for header in data.columns], axis="columns")
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise DataError(
+            f"column {twice[0]!r} stands {list(table.columns).count(twice[0])} times in the table; rename or drop all "
+            "but one"
+        )
+    return table
+
+
+def _refuse_shared(index: pd.DatetimeIndex, nearest: np.ndarray, *, step: pd.Timedelta) -> None:
+    """Raise where two rows stand for one time of the regular axis: one would overwrite the other.
+
+    Raises:
+        DataError: the first such rows.
+    """
+    shared = np.flatnonzero(np.diff(nearest) == 0)
+    if len(shared):
+        one, other = index[shared[0]], index[shared[0] + 1]
+        raise DataError(
+            f"rows at {one} and {other} stand for one and the same step of {step}; drop one of them, or average the "
+            "rows of a step"
+        )
+
+
+def _numbers(cells: pd.Series, column: Column) -> np.ndarray:
+    """Float64, NaN where a cell is empty.
+
+    Raises:
+        DataError: a cell that holds something else than a number.
+    """
+    numbers = pd.to_numeric(cells, errors="coerce")
+    words = cells[(numbers.isna() & cells.notna() & (cells.astype(str).str.strip() != "")).to_numpy()]
+    if len(words):
+        more = f" (and {len(words) - 1} more such cells)" if len(words) > 1 else ""
+        raise DataError(
+            f"column {column.name!r}, read as {column.variable}, holds {words.iloc[0]!r} at {words.index[0]}{more}, "
+            "which is no number; empty cells that are missing, or leave the column out"
+        )
+    return numbers.to_numpy(np.float64, na_value=np.nan)
+
+
 def _timed(data: pd.DataFrame, name: str | None) -> tuple[pd.DataFrame, object | None]:
     """The table indexed by its times as UTC without a zone, ascending; and the zone that they were given in."""
     table = data.copy()
@@ -114,7 +166,7 @@ def _timed(data: pd.DataFrame, name: str | None) -> tuple[pd.DataFrame, object |
             )
         table = table.set_index(_dates(table[name], name)).drop(columns=name)
     elif not isinstance(table.index, pd.DatetimeIndex):
-        name = next((str(c) for c in table.columns if _holds_times(table[c])), None)
+        name = next((c for c in table.columns if _holds_times(table[c])), None)
         if name is None:
             raise DataError(f"no column of {list(table.columns)} holds times; name one, as --time COL")
         table = table.set_index(_dates(table[name], name)).drop(columns=name)
@@ -148,12 +200,13 @@ def _dates(column: pd.Series, name: str) -> pd.DatetimeIndex:
 
 
 def _columns(table: pd.DataFrame, notes: Notes) -> list[Column]:
-    """Every numeric column, or those that the notes name."""
-    named = {str(header): split_header(str(header)) for header in table.columns}
+    """Those that the notes name, or every column of numbers or of a variable's name."""
+    named = {header: split_header(header) for header in table.columns}
     refuse_missing(notes, list(named))
     columns = []
     for header, (name, unit) in named.items():
-        if notes.columns or pd.api.types.is_numeric_dtype(table[header]):
+        meant = name.partition("@")[0] in VARIABLES
+        if notes.columns or meant or pd.api.types.is_numeric_dtype(table[header]):
             column = column_of(header if notes.columns else name, unit, notes=notes)
             columns += [replace(column, name=header)] if column else []
     if not columns:

@@ -34,10 +34,10 @@ class TraceFilm(Film):
     """Records of one or more seismometers, components Z, N, E (or 1, 2); others are refused.
 
     Each record is filtered causally and decimated to the working rate (10 Hz where the record's rate is a multiple of
-    it), exactly as in training; what lies before a gap is not used. The horizon counts samples at that rate, and the
-    forecast is of the filtered record, in the record's own counts. The location code of a forecast trace is its
-    quantile in per cent (`10`, `50`, `90`) or the number of its sample (`00`, `01`, ..), because miniSEED has no other
-    place for it.
+    it), exactly as in training; what lies before a gap, or a value that is not finite, is not used. The horizon counts
+    samples at that rate, and the forecast is of the filtered record, in the record's own counts. The location code of a
+    forecast trace is its quantile in per cent (`10`, `50`, `90`) or the number of its sample (`00`, `01`, ..), because
+    miniSEED has no other place for it.
     """
 
     modality: ClassVar[Modality] = "trace"

@@ -19,9 +19,10 @@ import xarray as xr
 from obspy.io.mseed import ObsPyMSEEDError
 
 from sci_gpt.errors import ConfigError, DataError, UnlikeTrainingWarning
+from sci_gpt.recipes.asked import check_levels
 from sci_gpt.recipes.calibrated import load_calibrated
 from sci_gpt.recipes.film import Notes
-from sci_gpt.recipes.load import LoadedModel, check_levels, load_model
+from sci_gpt.recipes.load import LoadedModel, load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from sci_gpt.model.predict import Predictor
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.widen import with_levels
 from sci_gpt.recipes import parts
-from sci_gpt.recipes.asked import Sampling, ask
+from sci_gpt.recipes.asked import Asked, Sampling, ask, check_horizon, check_levels
 from sci_gpt.recipes.film import Film, Notes
 from sci_gpt.recipes.films import film_kind
 from sci_gpt.recipes.rows import in_this_table
@@ -146,9 +146,7 @@ class LoadedModel:
             CheckpointError: a model that has diverged.
         """
         sampling = Sampling.of(num_samples, seed, noise_width=self.model.settings.noise.width)
-        levels = check_levels(quantiles)
-        if horizon < 1:
-            raise ConfigError(f"horizon is at least 1 step, got {horizon}")
+        levels, horizon = check_levels(quantiles), check_horizon(horizon)
         notes = notes or Notes()
         if notes.source is not None and notes.source not in self.sources:
             raise ConfigError(
@@ -157,10 +155,7 @@ class LoadedModel:
             )
         kind = film_kind(data)
         film = kind(data, notes=notes, options=self.reader_options(kind.modality, notes.source))
-        answers = [
-            self._answer(film, index, horizon=horizon, levels=levels, sampling=sampling)
-            for index in range(len(film.contexts))
-        ]
+        answers = self._answers(film, horizon=horizon, levels=levels, sampling=sampling)
         if sampling is not None:
             return film.answer(answers, tuple(range(sampling.num_samples)), kind="sample")
         return film.answer(answers, levels)
@@ -216,35 +211,50 @@ class LoadedModel:
                     "out for data that are not of it"
                 )
 
-    def _answer(
-        self, film: Film, index: int, *, horizon: int, levels: tuple[float, ...], sampling: Sampling | None
-    ) -> np.ndarray:
-        """(levels or samples, horizon, variable, row, column) for one context; grids go tile by tile, as in
-        training."""
+    def _asked(self, film: Film, index: int, *, horizon: int, trajectories: bool) -> Asked:
+        """What is asked of one context; grids are cut into tiles, as in training."""
         sample = film.contexts[index]
         entry = self.entry(sample)
         self._refuse_foreign(sample)
-        asked = ask(
+        return ask(
             film,
             index,
             entry=entry,
             tile=self.sources[entry.source].shape[1:],
             frame_times=self.predictor.tokenizers[sample.modality].frame_times,
             horizon=horizon,
-            trajectories=sampling is not None,
+            trajectories=trajectories,
         )
-        if sampling is not None:
-            arrays = self.predictor.trajectories(
-                asked.windows,
-                num_context=asked.num_context,
-                num_frames=asked.num_leads,
-                num_samples=sampling.num_samples,
-                seed=sampling.seed,
-            )
-        else:
-            leads = tuple(range(1, asked.num_leads + 1))
-            arrays = self.predictor.quantiles(asked.windows, num_context=asked.num_context, leads=leads, levels=levels)
-        return asked.joined(arrays, horizon)
+
+    def _answers(
+        self, film: Film, *, horizon: int, levels: tuple[float, ...], sampling: Sampling | None
+    ) -> list[np.ndarray]:
+        """(levels or samples, horizon, variable, row, column) for each context; those that ask for as many frames of as
+        many go through the model together.
+        """
+        contexts = range(len(film.contexts))
+        asked = [self._asked(film, index, horizon=horizon, trajectories=sampling is not None) for index in contexts]
+        alike: dict[tuple[int, int], list[Asked]] = {}
+        for one in asked:
+            alike.setdefault((one.num_context, one.num_leads), []).append(one)
+        answers: dict[int, np.ndarray] = {}
+        for (num_context, num_leads), group in alike.items():
+            windows = [window for one in group for window in one.windows]
+            if sampling is not None:
+                arrays = self.predictor.trajectories(
+                    windows,
+                    num_context=num_context,
+                    num_frames=num_leads,
+                    num_samples=sampling.num_samples,
+                    seed=sampling.seed,
+                )
+            else:
+                leads = tuple(range(1, num_leads + 1))
+                arrays = self.predictor.quantiles(windows, num_context=num_context, leads=leads, levels=levels)
+            rest = iter(arrays)
+            for one in group:
+                answers[id(one)] = one.joined([next(rest) for _ in one.windows], horizon)
+        return [answers[id(one)] for one in asked]
 
 
 def load_model(uri: str | Path, *, tracking_uri: str | None = None) -> LoadedModel:
@@ -311,18 +321,6 @@ def assemble(state: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, w
         step=int(state["step"]),
         code_version=str(state["code_version"]),
     )
-
-
-def check_levels(quantiles: Sequence[float]) -> tuple[float, ...]:
-    """Quantile levels, checked.
-
-    Raises:
-        ConfigError: none, not ascending, or outside 0..1.
-    """
-    levels = tuple(float(level) for level in quantiles)
-    if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
-        raise ConfigError(f"quantiles are ascending levels between 0 and 1, got {list(levels)}")
-    return levels
 
 
 def tracking_address(uri: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from sci_tokenizers.variables import VARIABLES, forward_transform, nearest
 
 WIDEST_BIN = 0.1  # of the standard deviation of one-step differences
 MOST_CLIPPED = 0.01  # of the largest 1 % of values
-TOP = 0.01
+_TOP_PARTS = 100  # the largest values are one such part of all
 ALLOWED = "tokens_allowed"  # in the manifest: SOURCE/CHANNEL that are kept all the same
 BANDS = 60  # of scaled values, in the picture of which ids are used
 _BUILD_FRAMES = (256, 128, 64, 32, 16, 8)  # of the windows that a build looks at: the longest that the data hold
@@ -40,7 +41,8 @@ class BinUse:
     Attributes:
         bin_width: mean over the windows.
         bin_over_step: bin_width by the standard deviation of one-step differences; None where nothing changes.
-        clipped, clipped_top: share clipped of all values, and of the largest 1 %.
+        clipped, clipped_top: share clipped of all values, and of the largest 1 % by rank, rounded up (by their size, a
+            variable that is mostly 0 would count its zeros among them).
         ids_used, ids: ids that stand for a value in these windows, and in all.
         entropy_bits: of the ids' shares.
         bands: how many values lie in each of BANDS equal parts of [-limit, limit].
@@ -311,6 +313,7 @@ class _Pool:
             return None
         values, scaled, ids = (np.concatenate(rows) for rows in (self.values, self.scaled, self.ids))
         clipped = bins.clipped(scaled)
+        top = np.argsort(values, kind="stable")[-math.ceil(len(values) / _TOP_PARTS) :]
         counts = np.bincount(ids, minlength=bins.num_ids)
         width = bins.width * float(np.mean(self.scales))
         step = _step_std(np.concatenate(self.steps))
@@ -319,7 +322,7 @@ class _Pool:
             bin_width=width,
             bin_over_step=width / step if step else None,
             clipped=float(clipped.mean()),
-            clipped_top=float(clipped[values >= np.quantile(values, 1.0 - TOP)].mean()),
+            clipped_top=float(clipped[top].mean()),
             ids_used=int((counts > 0).sum()),
             ids=bins.num_bins,
             entropy_bits=entropy_bits(counts),

@@ -18,6 +18,7 @@ from sci_tokenizers.tokens import SLOT_FEATURES, Tokens
 from sci_tokenizers.variables import VARIABLE_NAMES, forward_transform, inverse_transform, lower_bound
 
 _LEAST_SCALE = 1e-30  # what float32 can divide by without running over
+_TOLD = float(np.finfo(np.float32).eps)  # of a level: float32, in which samples come, does not tell less apart
 
 
 class GridTokenizer(Tokenizer):
@@ -62,7 +63,7 @@ class GridTokenizer(Tokenizer):
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> Tokens:
         """See `Tokenizer.encode`; payload (F, S, V, p * p), slots in row-major order of patches."""
-        self._check(sample, num_context)
+        self._check(sample, num_context, leads=leads)
         self.check_size(sample.values.shape[1:], where=f"sample {sample.key!r}")
         transformed = np.stack(
             [
@@ -267,6 +268,8 @@ def _normalisation(
         offset[:, v], home[v] = cycle + level, np.where(own, -level, 0.0)
         anomaly = (context - level)[valid]
         spread = float(np.sqrt((anomaly**2).mean())) if anomaly.size else 0.0
+        told = _TOLD * float(np.sqrt((transformed[:num_context, v][valid] ** 2).mean())) if anomaly.size else 0.0
+        spread = spread if spread > told else 0.0  # a constant is one, whatever rounding leaves of it
         floor = row.step_std if row else 0.0
         scale[v] = max(spread, 0.5 * floor, _LEAST_SCALE) if max(spread, floor) > 0 else 1.0
     return offset.astype(np.float32).astype(np.float64), scale.astype(np.float32).astype(np.float64), home

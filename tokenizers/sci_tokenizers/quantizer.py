@@ -141,7 +141,7 @@ class ChronosQuantizer:
         """Ids, mask and scale of contexts.
 
         Args:
-            values: (batch, time), counted as float32; NaN where missing.
+            values: (batch, time), counted as float32; NaN, or masked in a masked array, where missing.
 
         Returns:
             ids int32 and mask bool (batch, min(time, context_length) + 1 with `use_eos`), scale float32 (batch,), 1
@@ -156,7 +156,7 @@ class ChronosQuantizer:
         """Ids and mask of labels on the scale of their contexts.
 
         Args:
-            values: (batch, prediction_length), NaN where missing.
+            values: (batch, prediction_length), NaN or masked where missing.
             scale: (batch,), of `encode_context`.
 
         Returns:
@@ -308,12 +308,13 @@ def _evenly_spaced(limit: float, count: int) -> np.ndarray:
 
 
 def _rows(values: np.ndarray, what: str) -> np.ndarray:
-    """`values` as float32 (batch, time)."""
+    """`values` as float32 (batch, time), NaN where a masked array is masked."""
     array = np.asarray(values)
     if array.ndim != 2 or array.dtype.kind not in "fiub":
         raise QuantizerError(f"{what}: real numbers (batch, time), got {array.dtype} of shape {array.shape}")
     with np.errstate(over="ignore"):
-        return array.astype(np.float32, copy=False)
+        array = array.astype(np.float32, copy=False)
+    return np.where(np.ma.getmaskarray(values), np.float32(np.nan), array) if np.ma.is_masked(values) else array
 
 
 def _scales(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

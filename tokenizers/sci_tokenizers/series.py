@@ -57,7 +57,7 @@ class SeriesTokenizer(Tokenizer):
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> Tokens:
         """See `Tokenizer.encode`; payload (F, S, 1, 1) holds the centre of each id's bin."""
-        self._check(sample, num_context)
+        self._check(sample, num_context, leads=leads)
         valid = sample.valid[:, :, 0, 0]
         scaled, offset, scale, home = _normalisation(sample, num_context=num_context, statistics=statistics)
         ids = self.quantizer.bins.ids(scaled, valid)

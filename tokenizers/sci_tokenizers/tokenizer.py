@@ -96,12 +96,13 @@ class Tokenizer(ABC):
         Args:
             sample: a window of num_frames * frame_times times.
             num_context: C, in frames.
-            leads: frames ahead that each token is asked for.
+            leads: frames ahead that each token is asked for, ascending, from 1 on.
             statistics: the training split's, by channel; None (a source never seen): the context's own median is the
                 offset.
 
         Raises:
-            TokenizerError: another modality, or a window that is not whole frames or no longer than the context.
+            TokenizerError: another modality, a window that is not whole frames or no longer than the context, or leads
+                that are none.
         """
 
     @abstractmethod
@@ -163,8 +164,8 @@ class Tokenizer(ABC):
     def _clipped_share(self, tokens: Tokens, variable: int) -> float:
         return 0.0
 
-    def _check(self, sample: Sample, num_context: int) -> int:
-        """Number of frames of the window; raises when the window does not fit this tokenizer."""
+    def _check(self, sample: Sample, num_context: int, *, leads: tuple[int, ...] = (1,)) -> int:
+        """Number of frames of the window; raises when the window does not fit this tokenizer, or leads are none."""
         if sample.modality != self.modality:
             raise TokenizerError(
                 f"the {self.modality} tokenizer got sample {sample.key!r} of modality {sample.modality!r}"
@@ -177,6 +178,10 @@ class Tokenizer(ABC):
             )
         if not 1 <= num_context <= frames:
             raise TokenizerError(f"sample {sample.key!r}: context of {num_context} frames in a window of {frames}")
+        if not leads or leads[0] < 1 or list(leads) != sorted(set(leads)):
+            raise TokenizerError(
+                f"sample {sample.key!r}: leads are frames ahead, ascending and from 1 on, as in (1, 2), got {leads}"
+            )
         return frames
 
 

@@ -55,7 +55,7 @@ class TraceTokenizer(Tokenizer):
         """See `Tokenizer.encode`; payload (F, receivers, components, samples). Statistics are not used: gains
         differ.
         """
-        frames = self._check(sample, num_context)
+        frames = self._check(sample, num_context, leads=leads)
         n = self.settings.trace_samples
         values, valid = sample.values[..., 0].astype(np.float64), sample.valid[..., 0]  # t c r
         context, seen = values[: num_context * n], valid[: num_context * n]
