@@ -48,6 +48,7 @@ def without(statistics: Mapping[str, ChannelStatistics], sample: Sample) -> dict
             (rest,) = _refit(
                 whole,
                 np.asarray(row.products)[None],
+                pattern=np.zeros(1, np.int64),
                 design=np.repeat(design, flat.shape[1], axis=0),
                 values=flat.reshape(-1, 1),
                 valid=seen.reshape(-1, 1),
@@ -70,7 +71,8 @@ def _cells_without(
         return cells
     rest = _refit(
         cells.coefficients[row].astype(np.float64),
-        cells.products[cells.pattern[row]],
+        cells.products,
+        pattern=cells.pattern[row],
         design=design,
         values=values.reshape(len(values), -1)[:, first],
         valid=valid.reshape(len(valid), -1)[:, first],
@@ -79,22 +81,40 @@ def _cells_without(
 
 
 def _refit(
-    coefficients: np.ndarray, products: np.ndarray, *, design: np.ndarray, values: np.ndarray, valid: np.ndarray
+    coefficients: np.ndarray,
+    products: np.ndarray,
+    *,
+    pattern: np.ndarray,
+    design: np.ndarray,
+    values: np.ndarray,
+    valid: np.ndarray,
 ) -> np.ndarray:
     """Coefficients (cell, P) without the rows of `design` (time, P) at which values (time, cell) are valid.
 
     Args:
-        products: (cell, P, P), of the design over all that the coefficients were fitted to.
+        products: (pattern, P, P), of the design over all that coefficients were fitted to.
+        pattern: (cell,), rows of `products`.
     """
-    seen, total = valid.astype(np.float64), products[:, 0, 0]
-    count = seen.sum(axis=0)
+    count = valid.sum(axis=0)
     residual = np.where(valid, values - design @ coefficients.T, 0.0)
     level = residual.sum(axis=0) / np.maximum(count, 1)
     shape = np.where(valid, residual - level, 0.0)
-    left = products - np.einsum("tc,ti,tj->cij", seen, design, design, optimize=True)
+    first, group = _alike(pattern, valid)  # most cells are seen at the same times: few equations
+    seen = valid[:, first].astype(np.float64)
+    left = products[pattern[first]] - np.einsum("tc,ti,tj->cij", seen, design, design, optimize=True)
     spectrum = np.linalg.eigvalsh(left)
     sound = spectrum[:, 0] * _WORST_CONDITION > spectrum[:, -1]
-    left[~sound] = products[~sound]
-    less = np.linalg.solve(left, (shape.T @ design)[..., None])[..., 0]
-    less[:, 0] += count * level / np.maximum(total - count, 1.0)
-    return np.asarray(coefficients - np.where(sound[:, None], less, 0.0))
+    inverse = np.linalg.inv(np.where(sound[:, None, None], left, np.eye(len(design[0]))))
+    less = np.einsum("cij,cj->ci", inverse[group], shape.T @ design)
+    less[:, 0] += count * level / np.maximum(products[pattern, 0, 0] - count, 1.0)
+    return np.asarray(coefficients - np.where(sound[group][:, None], less, 0.0))
+
+
+def _alike(pattern: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first cell of each group that was seen at the same times, in the split and in the window; group of each."""
+    if (valid == valid[:, :1]).all() and (pattern == pattern[0]).all():
+        return np.zeros(1, np.int64), np.zeros(len(pattern), np.int64)
+    key = np.concatenate([pattern[:, None].view(np.uint8), np.packbits(valid, axis=0).T], axis=1)
+    whole = np.ascontiguousarray(key).view(np.dtype((np.void, key.shape[1])))[:, 0]
+    _, first, group = np.unique(whole, return_index=True, return_inverse=True)
+    return first, group.reshape(-1)
