@@ -56,7 +56,7 @@ class Recomputed:
                 statistics=self._predictor.statistics.get(film.source),
             )
             documents.append(replace(tokens, num_context=frames))
-            width, member = model.settings.noise.width, place % self._members
+            width, member = model.settings.noise.drawn, place % self._members
             drawn = frame_noise(film.key, seed=seed, member=member, frames=(0, frames), width=width)
             noise.append(drawn.repeat_interleave(tokens.num_slots, dim=0))
         batch = collate([[one] for one in documents], frames * documents[0].num_slots, context_only=True)

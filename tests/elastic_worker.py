@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import json
 import os
 import signal
@@ -23,13 +24,15 @@ from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.train.checkpoint import WEIGHT, Reader, tensor_key
 from sci_gpt.train.commit import CheckpointWriter
-from sci_gpt.train.feed import Place, Prefetch, StepReader
+from sci_gpt.train.feed import Place, Prefetch, StepReader, StepRows
 from sci_gpt.train.fragments import Holding
 from sci_gpt.train.journal import Progress, RunJournal
 from sci_gpt.train.resume import where_to_go_on
-from sci_gpt.train.run_folder import cut_back, locked
+from sci_gpt.train.run_folder import LineLog, cut_back, locked
+from sci_tokenizers.packing import Batch
 
 WATCHDOG_SECONDS = 60
+HIDDEN = "hidden"  # folder of a run: what each rank's masked documents hide, {"hidden": {sample number: digest}} a step
 
 
 def holding(world: World, step: int) -> Holding:
@@ -41,6 +44,24 @@ def holding(world: World, step: int) -> Holding:
         parameters={"model": {"shape": [world.size], "tp_dim": None, "trainable": False}},
         adam_step=None,
     )
+
+
+def hides(rows: StepRows) -> dict[int, str]:
+    """Sample number -> digest of the tokens that a masked document hides and of the values it asks for."""
+    return {number: digest for batch in rows.batches for number, digest in _hides(batch)}
+
+
+def _hides(batch: Batch) -> list[tuple[int, str]]:
+    found = []
+    for payload in batch.payloads.values():
+        asked = payload.index[payload.unit_token[payload.unit_lead == 0]]  # in the order of the hidden values
+        for number, (start, frames, slots) in zip(batch.numbers, batch.spans, strict=True):
+            inside = (asked >= start) & (asked < start + frames * slots)
+            if inside.any():
+                values = payload.hidden_values[inside][payload.hidden_valid[inside]]
+                parts = (asked[inside] - start).astype("<i8").tobytes() + values.astype("<f4").tobytes()
+                found.append((number, hashlib.blake2b(parts, digest_size=8).hexdigest()))
+    return found
 
 
 def run(task: dict[str, Any], world: World, *, session: str) -> None:
@@ -65,6 +86,7 @@ def run(task: dict[str, Any], world: World, *, session: str) -> None:
         world.barrier()
         writer = CheckpointWriter(config.output, rank=world.rank, size=world.size, session=session)
         journal = RunJournal(config.output, rank=world.rank, progress=Progress(task["until"]), tracker=None)
+        hidden = LineLog(config.output / HIDDEN / f"rank-{world.rank}.jsonl")
         feed = Prefetch(StepReader(curriculum, place, settings=settings, threads=task["threads"]))
         n = start.next_sample
         for step in range(start.step, task["until"]):
@@ -73,6 +95,7 @@ def run(task: dict[str, Any], world: World, *, session: str) -> None:
             if len({tuple(row) for row in world.gather([rows.first, rows.next_sample, rows.num_tokens])}) > 1:
                 raise AssertionError(f"step {step}: ranks disagree on its samples")
             journal.consumed(step + 1, rows)
+            hidden.append({"hidden": hides(rows)})
             n = rows.next_sample
             if task["kill"] == [step + 1, world.rank]:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -87,6 +110,7 @@ def run(task: dict[str, Any], world: World, *, session: str) -> None:
         faulthandler.cancel_dump_traceback_later()
         feed.close()
         journal.close()
+        hidden.close()
         world.barrier()
 
 

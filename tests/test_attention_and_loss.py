@@ -292,6 +292,22 @@ def test_a_units_weight_counts_in_the_sum() -> None:
     assert valid_weights(inputs)["trace"] == pytest.approx(float(payload.unit_weight.sum()))
 
 
+def test_a_value_counts_by_its_area_wherever_it_lies() -> None:
+    """A plain sum over values, whose patches are full, ragged, gappy or at a pole: no patch's weight is its own."""
+    inputs = inputs_of(samples())
+    payload = inputs.payloads["grid"]
+    shape = (len(payload.unit_token), *payload.values.shape[1:])
+    prediction = GaussianPrediction(mean=torch.zeros(shape), log_spread=torch.zeros(shape))
+    truth, target = payload.values[payload.unit_target], payload.unit_target
+    weight = (payload.weight[target] * payload.valid[target]).double()
+    crps = crps_gaussian(prediction.mean, prediction.log_spread, truth=truth).double() / payload.unit_spread.exp()
+    values_of_a_token = 2 * payload.values[0].numel()  # each is asked for at two leads
+    expected = float((torch.where(weight > 0, crps, 0.0) * weight).sum()) / values_of_a_token
+    assert float(weighted_sums({"grid": prediction}, inputs, settings=SETTINGS)["grid"]) == pytest.approx(expected)
+    counts = weight.sum(dim=(1, 2))
+    assert float(counts.max() / counts.min()) > 1.5
+
+
 def test_bins_probabilities_sum_to_one() -> None:
     settings = TokenizerSettings(series_ids=64, series_limit=3.0)
     centres = torch.linspace(-3.0, 3.0, 61, dtype=torch.float64)

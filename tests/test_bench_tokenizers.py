@@ -12,7 +12,7 @@ def test_a_small_batch_is_timed_and_tabled() -> None:
     values = tokenizers.batch(8, 64)
     assert values.dtype == np.float32 and 0 < np.isnan(values).mean() < 0.05
     seconds = tokenizers.measure(tokenizers.calls(values), rounds=3)
-    assert set(seconds) == {"encode, ours", "encode, package", "decode, ours", "decode, package", "copy"}
+    assert set(seconds) == {"encode, ours", "encode, package", "decode, ours", "decode, package", "copy", "look-up"}
     assert all(len(row) == 3 and (row > 0).all() for row in seconds.values())
     lines = tokenizers.table(seconds, values.size)
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| encode", "| decode", "| both"]

@@ -133,7 +133,7 @@ def test_ten_million_values_of_every_size() -> None:
     assert compared >= 10_000_000
 
 
-@pytest.mark.parametrize(("num_tokens", "limit"), [(4096, 15.0), (1024, 15.0), (513, 3.3)])
+@pytest.mark.parametrize(("num_tokens", "limit"), [(4096, 15.0), (1024, 15.0), (513, 3.3), (2**18, 0.7), (8, 1e19)])
 def test_on_and_beside_every_boundary(num_tokens: int, limit: float) -> None:
     """Each float32 within 3 of a boundary, as a label on scales that are powers of two."""
     values = near_boundaries(limit, num_tokens, ulp=3)
@@ -203,7 +203,10 @@ def test_what_comes_out() -> None:
     assert ours.encode_context(np.zeros((0, 4)))[0].shape == (0, 5)
     samples = np.repeat(ids[:, None], 3, axis=1)
     np.testing.assert_array_equal(ours.decode(samples, scale)[:, 1], ours.decode(ids, scale))
-    assert ours.decode(ids.astype(np.uint16), scale).dtype == np.float32
+    for kind in (np.uint16, np.int8, ">i4"):
+        decoded = ours.decode(np.minimum(ids, 100).astype(kind), scale)
+        assert decoded.dtype == np.float32
+        np.testing.assert_array_equal(decoded, ours.decode(np.minimum(ids, 100), scale))
 
 
 def test_a_scale_is_the_packages_to_the_last_digit() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from elastic_worker import WATCHDOG_SECONDS
+from elastic_worker import HIDDEN, WATCHDOG_SECONDS
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import show_config
 from sci_gpt.data.curriculum import Curriculum
@@ -40,7 +40,8 @@ PATIENCE_SECONDS = 4.0 * WATCHDOG_SECONDS
 def configuration(case: str, folder: Path, *, run: str) -> PretrainConfig:
     """The run of a case.
 
-    mixture: two phases and short epochs; one shard per source, so that there are fewer shards than ranks.
+    mixture: two phases and short epochs; one shard per source, so that there are fewer shards than ranks; a part of
+        each source's samples is masked, of the series another part in the second phase.
     small: a source of 3 windows beside a larger one, with more samples in a step than it has windows.
     uneven: stretches of very different length, in shards that are as uneven.
     """
@@ -50,10 +51,11 @@ def configuration(case: str, folder: Path, *, run: str) -> PretrainConfig:
     phases = [phase | {"until_step": STEPS}]
     if case == "mixture":
         # Strides so wide that epochs end before and after the checkpoint.
-        phase |= {"mixture": [field | {"stride": 6}, station | {"stride": 9}, quake | {"stride": 8}]}
+        field, station, quake = field | {"stride": 6}, station | {"stride": 9}, quake | {"stride": 8}
+        field, station, quake = field | {"masked": 0.5}, station | {"masked": 0.25}, quake | {"masked": 0.5}
         phases = [
-            phase | {"until_step": BOUNDARY},
-            phase | {"until_step": STEPS, "row_length": 200, "mixture": phase["mixture"][::-1]},
+            phase | {"until_step": BOUNDARY, "mixture": [field, station, quake]},
+            phase | {"until_step": STEPS, "row_length": 200, "mixture": [quake, station | {"masked": 0.75}, field]},
         ]
     if case == "small":
         phases = [phase | {"until_step": STEPS, "mixture": [station | {"weight": 2.0}, field | {"weight": 1.0}]}]
@@ -87,6 +89,15 @@ class Runs:
                 assert row["first"] == record["first"], f"{path}: {record}"
                 row["eaten"] += zip(record["samples"], record["keys"], strict=True)
         return [row | {"eaten": sorted(row["eaten"])} for _, row in sorted(steps.items())]
+
+    def hidden(self, case: str, how: str) -> dict[int, str]:
+        """Sample number -> digest of what it hides, over all ranks; a step that was done again hid the same again."""
+        found: dict[int, str] = {}
+        for path in sorted((self.config(case, how).output / HIDDEN).glob("rank-*.jsonl")):
+            for record in read_lines(path):
+                for number, digest in record["hidden"].items():
+                    assert found.setdefault(int(number), digest) == digest, f"{path}: sample {number}"
+        return found
 
 
 def torchrun(folder: Path, tasks: Sequence[dict[str, Any]], *, ranks: int, fails: bool = False) -> str:
@@ -170,6 +181,20 @@ def test_a_killed_rank_costs_no_sample(runs: Runs) -> None:
     eaten = read_lines(keys_log(runs.config("mixture", "killed").output, KILLED_RANK))
     assert [record["step"] for record in eaten] == list(range(1, KILLED_SAVED + 1)), "cut back to the checkpoint"
     assert runs.steps("mixture", "killed") == runs.steps("mixture", "straight")
+
+
+@pytest.mark.parametrize("how", [*LATER, "killed"])
+def test_a_run_that_goes_on_hides_the_same_values(runs: Runs, how: str) -> None:
+    """Which samples are masked, which of their tokens are hidden and the values asked for, at any number of ranks."""
+    straight, (curriculum, n) = runs.hidden("mixture", "straight"), (runs.curriculum("mixture"), 0)
+    for row in runs.steps("mixture", "straight"):
+        _, corpus = curriculum.at(row["step"] - 1, row["first"])
+        masked = [number for number, _ in row["eaten"] if corpus.masked(number)]
+        assert [number for number, _ in row["eaten"] if number in straight] == masked
+        n += len(row["eaten"])
+    assert 0.25 * n < len(straight) < 0.75 * n
+    assert len(set(straight.values())) == len(straight)
+    assert runs.hidden("mixture", how) == straight, runs.output["2 ranks" if how == "killed" else how]
 
 
 def test_each_rank_reads_the_rows_that_are_dealt_to_it(runs: Runs) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sci_gpt.config import MixtureEntry
 from sci_gpt.model import attention
-from sci_gpt.model.flops import training_flops, work_of
+from sci_gpt.model.flops import Work, training_flops, work_of
 from sci_gpt.model.init import initialize
 from sci_gpt.model.inputs import ModelInputs, to_inputs
 from sci_gpt.model.loss import weighted_sums
 from sci_gpt.model.shapes import SHAPES
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.recipes.plan import document_work
+from sci_tokenizers.masked import masked_tokens
 from sci_tokenizers.packing import collate
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.table import make_tokenizer
@@ -93,3 +95,31 @@ def test_the_plans_work_is_that_of_a_window(modality: str) -> None:
     batch = collate([[tokens]], tokens.num_tokens)
     found = document_work(entry, sample.modality, shape=sample.values.shape[1:], settings=SETTINGS, radius=1)
     assert found == work_of(to_inputs(batch), radius=1)
+
+
+@pytest.mark.parametrize("modality", ["grid", "series", "trace"])
+def test_the_plans_work_is_that_of_masked_windows_in_their_share(
+    modality: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked documents attend to all frames and ask for what they hide: the mean of as many as the plan draws."""
+    monkeypatch.setattr(attention, "MASK_ENTRIES", 300)  # a causal document is cut into pieces of frames
+    entry = MixtureEntry(source="toy", weight=1.0, frames=8, stride=1, context_frames=(CONTEXT, CONTEXT), leads=LEADS)
+    sample = document(modality, entry.frames, seed=1)
+
+    def planned(masked: float) -> Work:
+        shared = entry.model_copy(update={"masked": masked})
+        return document_work(shared, sample.modality, shape=sample.values.shape[1:], settings=SETTINGS, radius=1)
+
+    tokens = [
+        masked_tokens(make_tokenizer(modality, SETTINGS), sample, key=key, num_context=CONTEXT, leads=LEADS)
+        for key in range(16)
+    ]
+    works = [work_of(to_inputs(collate([[one]], one.num_tokens)), radius=1) for one in tokens]
+    none, all_of_them, third = planned(0.0), planned(1.0), planned(1 / 3)
+    assert all_of_them == replace(works[0], payloads=all_of_them.payloads)
+    assert all_of_them.payloads[modality].units == np.mean([one.payloads[modality].units for one in works])
+    assert all_of_them.payloads[modality].answers == np.mean([one.payloads[modality].answers for one in works])
+    for name in ("wide_pairs", "near_pairs"):
+        ahead, masked = getattr(none, name), getattr(all_of_them, name)
+        assert masked > ahead, name
+        assert getattr(third, name) == pytest.approx((2 * ahead + masked) / 3), name

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtri
 
 from sci_gpt.model.heads import SamplePrediction
 from sci_gpt.model.init import initialize
@@ -64,48 +65,87 @@ def test_all_slots_of_a_frame_share_their_noise() -> None:
     made, spans = inputs(), batch().spans
     assert made.noise is not None
     for start, frames, slots in spans:
-        here = made.noise.values[:, start : start + frames * slots].reshape(3, frames, slots, 6)
+        here = made.noise.values[:, start : start + frames * slots].reshape(3, frames, slots, NOISE.drawn)
         assert torch.equal(here, here[:, :, :1].expand_as(here))
         assert (here[0, :, 0] != here[1, :, 0]).all()
         assert len({float(one) for one in here[0, :, 0, 0]}) == frames
 
 
-def test_fair_crps_against_all_pairs_and_in_the_mean() -> None:
-    """mean|x - y| - sum over pairs / (M (M - 1)); for normal members its mean is the closed form 1 / sqrt(pi)."""
+def test_fair_crps_against_quantiles_pair_by_pair() -> None:
+    """mean E|x - y| - sum over pairs of E|x - x'| / (M (M - 1)), each mean over 2,000 quantiles of a normal."""
     random = np.random.default_rng(0)
-    members, truth = random.standard_normal((4, 5)), random.standard_normal(5)
-    pairs = sum(np.abs(members[i] - members[j]) for i, j in combinations(range(4), 2))
-    expected = np.abs(members - truth).mean(axis=0) - pairs / (4 * 3)
-    found = crps_members(torch.from_numpy(members), torch.from_numpy(truth))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    many = torch.from_numpy(random.standard_normal((2, 200_000)))
-    # E|x - y| - E|x - x'| / 2 = (2 - 1) / sqrt(pi), whatever M: that is what fair means.
-    score = crps_members(many, torch.from_numpy(random.standard_normal(200_000))).mean()
-    assert float(score) == pytest.approx(1 / np.sqrt(np.pi), abs=0.01)
+    location, spread, truth = random.standard_normal((3, 5)), random.random((3, 5)) + 0.2, random.standard_normal(5)
+    z = ndtri((np.arange(2000) + 0.5) / 2000)[:, None]
+
+    def mean_absolute(mean: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(mean + size * z).mean(axis=0))
+
+    error = np.mean([mean_absolute(m - truth, s) for m, s in zip(location, spread, strict=True)], axis=0)
+    pairs = sum(
+        mean_absolute(location[i] - location[j], np.hypot(spread[i], spread[j])) for i, j in combinations(range(3), 2)
+    )
+    found = crps_members(*(torch.from_numpy(part) for part in (location, spread)), truth=torch.from_numpy(truth))
+    np.testing.assert_allclose(found, error - pairs / (3 * 2), atol=1e-3)
+
+
+@pytest.mark.parametrize("inside", [0.1, 0.5, 0.9])
+def test_fair_crps_is_least_in_the_mean_for_members_as_wide_as_the_truth(inside: float) -> None:
+    """Two members whose variance is partly drawn and partly `inside`, truth of variance 1: the mean is the closed form
+    1 / sqrt(pi) however it is parted, and more for members that are too narrow or too wide."""
+    random = np.random.default_rng(1)
+    drawn, truth = (torch.from_numpy(random.standard_normal((n, 200_000))) for n in (2, 1))
+
+    def score(width: float) -> float:
+        location, spread = width * np.sqrt(1 - inside) * drawn, torch.full_like(drawn, width * np.sqrt(inside))
+        return float(crps_members(location, spread, truth=truth[0]).mean())
+
+    assert score(1.0) == pytest.approx(1 / np.sqrt(np.pi), abs=0.004)
+    assert min(score(0.8), score(1.25)) > score(1.0) + 0.005
+
+
+FRAMES, SLOTS, CELLS = 500, 4, (2, 4)  # cells: variables and values of a token
+
+
+def frames_together() -> Together:
+    """FRAMES frames of SLOTS units each."""
+    frame = torch.arange(FRAMES).repeat_interleave(SLOTS)
+    return Together(group=frame, slot=torch.arange(SLOTS).repeat(FRAMES), frame=frame)
+
+
+def pooled(hangs: np.ndarray, *, truth: np.ndarray) -> float:
+    """Mean pooled score of members that hang so, each frame alike, (SLOTS, V, K, N), where the truth hangs as `truth`
+    says."""
+    drawn = np.random.default_rng(1).standard_normal((FRAMES, truth.shape[-1]))
+    came = torch.from_numpy(np.einsum("svkn,fn->fsvk", truth, drawn).reshape(-1, *CELLS)).float()
+    twice = torch.from_numpy(hangs).float().repeat(FRAMES, 1, 1, 1).expand(2, -1, -1, -1, -1)
+    errors, weight = -came.expand(2, -1, -1, -1), torch.ones_like(came)
+    together = frames_together()
+    return float(pooled_crps(errors, twice, weight=weight, together=together, key=977 * together.frame).mean())
 
 
 def test_pooled_crps_prefers_members_that_move_together_as_the_truth_does() -> None:
-    """Cells, slots and variables of one sign everywhere: members that are independent in one of them score worse."""
-    random = np.random.default_rng(1)
-    frames, slots, shape = 3000, 4, (2, 4)
-    together = Together(
-        group=torch.arange(frames).repeat_interleave(slots),
-        slot=torch.arange(slots).repeat(frames),
-        frame=torch.arange(frames).repeat_interleave(slots),
-    )
-    weight = torch.ones(frames * slots, *shape)
+    """Cells, slots and variables of one sign everywhere: members that are independent in one of them, too narrow or
+    too wide score worse."""
+    same = np.ones((SLOTS, *CELLS, 1))
+    best = pooled(same, truth=same)
+    for free in ((0,), (1,), (2,), (0, 1, 2)):
+        sizes = [size if axis in free else 1 for axis, size in enumerate((SLOTS, *CELLS))]
+        number = np.broadcast_to(np.arange(np.prod(sizes)).reshape(sizes), (SLOTS, *CELLS))
+        assert pooled(np.eye(int(np.prod(sizes)))[number], truth=same) > 1.03 * best, free
+    assert min(pooled(0.5 * same, truth=same), pooled(2.0 * same, truth=same)) > 1.02 * best
 
-    def moved(*free: int) -> torch.Tensor:
-        """Members (2, frames * slots, V, K) that are the same over all axes but `free` (1 slot, 2 variable, 3 cell)."""
-        size = [slots if 1 in free else 1, shape[0] if 2 in free else 1, shape[1] if 3 in free else 1]
-        drawn = random.standard_normal((2, frames, *size))
-        return torch.from_numpy(np.broadcast_to(drawn, (2, frames, slots, *shape)).reshape(2, -1, *shape)).float()
 
-    truth = moved()[0]
-    best = float(pooled_crps(moved() - truth, weight=weight, together=together).mean())
-    for free in ((1,), (2,), (3,), (1, 2, 3)):
-        worse = float(pooled_crps(moved(*free) - truth, weight=weight, together=together).mean())
-        assert worse > 1.03 * best, free
+@pytest.mark.parametrize("second", ["in the token", "over the slots"])
+def test_pooled_crps_sees_that_two_patterns_go_together(second: str) -> None:
+    """A slope inside tokens goes with another pattern inside them, or with a step between slots (a smooth field has no
+    edge between patches): members with both, each by itself, have the same variance in every Walsh function."""
+    slope = np.broadcast_to(np.array([1.0, 1.0, -1.0, -1.0]), (SLOTS, *CELLS))
+    other = {
+        "in the token": np.broadcast_to(np.array([1.0, -1.0, 1.0, -1.0]), (SLOTS, *CELLS)),
+        "over the slots": np.broadcast_to(np.array([1.0, -1.0, 1.0, -1.0])[:, None, None], (SLOTS, *CELLS)),
+    }[second]
+    truth, parted = (slope + other)[..., None], np.stack([slope, other], axis=-1)
+    assert pooled(parted, truth=truth) > 1.01 * pooled(truth, truth=truth)
 
 
 def test_missing_values_count_in_no_score_of_members() -> None:
@@ -115,11 +155,22 @@ def test_missing_values_count_in_no_score_of_members() -> None:
     assert made.noise is not None
     count = len(payload.unit_token)
     values = torch.randn(2, count, *payload.values.shape[1:], generator=torch.Generator().manual_seed(0))
-    prediction = SamplePrediction(values=values, together=made.noise.together["grid"], pooled_weight=1.0)
+    hangs = torch.randn(*values.shape, 3, generator=torch.Generator().manual_seed(1))
+    prediction = SamplePrediction(
+        location=values,
+        hangs=hangs,
+        noise=torch.zeros(2, count, 3),
+        together=made.noise.together["grid"],
+        pooled_weight=1.0,
+    )
     found = unit_losses(prediction, payload, settings=SETTINGS)
     missing = ~payload.valid[payload.unit_target]
     assert missing.any()
-    other = replace(prediction, values=torch.where(missing, torch.full_like(values, 1e6), values))
+    other = replace(
+        prediction,
+        location=torch.where(missing, torch.full_like(values, 1e6), values),
+        hangs=torch.where(missing[..., None], torch.full_like(hangs, 1e6), hangs),
+    )
     assert torch.equal(unit_losses(other, payload, settings=SETTINGS), found)
 
 

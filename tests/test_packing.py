@@ -90,12 +90,14 @@ def test_questions_are_asked_from_the_last_context_frame_on() -> None:
         first = 0
         for tokens in (tokens for row in rows for tokens in row if tokens.modality == modality):
             slots = tokens.num_slots
-            answered = np.array((tokens.valid & (tokens.weight > 0)).any(axis=(2, 3)))
+            worth = [
+                [(tokens.weight[s] * tokens.valid[f, s]).mean() for s in range(slots)] for f in range(len(tokens.valid))
+            ]
             for f in range(CONTEXT - 1, tokens.num_frames):
                 for lead in (lead for lead in tokens.leads if f + lead < tokens.num_frames):
                     ahead = np.log(tokens.time[f + lead] - tokens.time[f])
                     for s in range(slots):
-                        weight = tokens.importance * answered[f + lead, s] / len(tokens.leads)
+                        weight = tokens.importance * worth[f + lead][s] / len(tokens.leads)
                         target = first + (f + lead) * slots + s
                         expected.append((first + f * slots + s, target, lead, weight, ahead))
             first += tokens.num_tokens

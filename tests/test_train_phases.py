@@ -1,4 +1,4 @@
-"""Runs of several phases: what a resume may change, and a run killed in its second phase that goes on."""
+"""Runs of phases, partly masked: what a resume may change; one killed in its second phase goes on at 2 ranks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_identity_holds_all_that_decides_the_order(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """A run of two phases that went straight through, and one killed in the second and called again."""
+    """A run of two phases that went straight through, and one killed in the second and called again on 2 processes."""
 
     straight: Path
     killed: Path
@@ -92,16 +92,17 @@ def start(config: PretrainConfig) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def two_phases(store: Path, run: Path) -> PretrainConfig:
-    """The toy's run with longer rows and without the quakes from step 12 on."""
+def two_phases(store: Path, run: Path, *, processes: int = 1) -> PretrainConfig:
+    """The toy's run, of which a part is masked, with longer rows and without the quakes from step 12 on."""
     phase = toy_config(store, run).model_dump(mode="json")["phases"][0]
+    phase |= {"mixture": [entry | {"masked": 0.5} for entry in phase["mixture"]]}
     second = phase | {"row_length": 240, "rows_per_step": 2, "mixture": phase["mixture"][:2]}
     return toy_config(
         store,
         run,
         phases=[phase | {"until_step": BOUNDARY}, second | {"until_step": STEPS}],
         schedule={"steps": STEPS, "warmup_steps": 4, "cooldown_steps": 6},
-        parallel={"processes": 1},
+        parallel={"processes": processes},
     )
 
 
@@ -120,21 +121,44 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for worker in psutil.Process(process.pid).children():
         worker.send_signal(signal.SIGKILL)
     process.communicate(timeout=PATIENCE_SECONDS)
-    output["resumed"] = start(killed).communicate(timeout=PATIENCE_SECONDS)[0]
+    resumed = two_phases(store, killed.output, processes=2)
+    output["resumed"] = start(resumed).communicate(timeout=PATIENCE_SECONDS)[0]
     return Runs(straight=straight.output, killed=killed.output, output=output)
 
 
+def eaten_by(run: Path) -> dict[int, list[tuple[int, str]]]:
+    """Step -> (sample number, key) over all ranks, in order."""
+    steps: dict[int, list[tuple[int, str]]] = {}
+    for path in sorted((run / "keys").glob("rank-*.jsonl")):
+        for record in read_lines(path):
+            steps.setdefault(record["step"], []).extend(zip(record["samples"], record["keys"], strict=True))
+    return {step: sorted(pairs) for step, pairs in steps.items()}
+
+
 def test_a_run_killed_in_its_second_phase_eats_the_same_samples(runs: Runs) -> None:
-    straight, killed = (read_lines(run / "keys/rank-0.jsonl") for run in (runs.straight, runs.killed))
-    assert [record["step"] for record in straight] == list(range(1, STEPS + 1)), runs.output["straight"]
+    straight, killed = eaten_by(runs.straight), eaten_by(runs.killed)
+    assert sorted(straight) == list(range(1, STEPS + 1)), runs.output["straight"]
     assert straight == killed, runs.output["resumed"]
-    numbers = sorted(number for record in straight for number in record["samples"])
+    numbers = [number for step in sorted(straight) for number, _ in straight[step]]
     assert numbers == list(range(len(numbers)))
     assert "resumes from" in runs.output["resumed"]
     resumed = int(runs.output["resumed"].split("resumes from")[1].split("step-")[1].split()[0])
     assert BOUNDARY < resumed < STEPS
-    losses = [[r["loss"] for r in read_lines(run / "log.jsonl") if "loss" in r] for run in (runs.straight, runs.killed)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(read_lines(runs.killed / "keys/rank-1.jsonl")) == STEPS - resumed
+
+
+def test_its_losses_are_the_same_on_2_processes_those_of_masked_documents_too(runs: Runs) -> None:
+    """Each objective's by its name; what of a document is hidden is a function of its number alone."""
+    straight, killed = (
+        [row for row in read_lines(run / "log.jsonl") if "loss" in row] for run in (runs.straight, runs.killed)
+    )
+    assert [row["step"] for row in straight] == [row["step"] for row in killed] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in killed] == pytest.approx([row["loss"] for row in straight], rel=1e-5)
+    for one, two in zip(straight, killed, strict=True):
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4), one["step"]
+    names = {name for row in straight if row["step"] > BOUNDARY for name in row["losses"]}
+    assert names == {"grid", "series", "grid/masked", "series/masked"}
+    assert any("trace/masked" in row["losses"] for row in straight[:BOUNDARY])
 
 
 def test_the_checkpoint_records_where_the_phases_began(runs: Runs) -> None:

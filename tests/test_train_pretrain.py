@@ -34,6 +34,7 @@ from sci_gpt.train.signals import Requests
 from toy_store import change_manifest
 
 STEPS, COMPARED = 28, 20
+MASKED = {"cmip6_daily_ta": 0.25, "earthquakes": 0.25, "ostia_sst": 0.5, "a1b_air_temperature": 0.5}
 PATIENCE_SECONDS = 120.0
 
 
@@ -54,13 +55,14 @@ class Runs:
 
 
 def configuration(folder: Path, store: Path, run: str, **overrides: Any) -> PretrainConfig:
-    """The quickstart's own, with its rows and mixture, but a tiny trunk and few steps."""
+    """The quickstart's own, with its rows and mixture, but a tiny trunk, few steps, a part of each modality masked."""
     changes = {
         "output": folder / run,
         "data": store,
         "model.size": "tiny",
         "schedule.steps": STEPS,
         "phases.0.until_step": STEPS,
+        **{f"phases.0.mixture.{name}.masked": share for name, share in MASKED.items()},
         "schedule.warmup_steps": 4,
         "schedule.cooldown_steps": 8,
         "optimizer.clip": 0.5,
@@ -152,6 +154,11 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
+def losses_by_name(run: Path) -> list[dict[str, float]]:
+    """The logged losses of every step: of each modality, and of the masked objective by itself."""
+    return [record["losses"] for record in read_lines(run / "log.jsonl") if "loss" in record]
+
+
 def consumed(run: Path) -> list[tuple[int, list[int], list[str]]]:
     """(step, sample numbers, keys) over all ranks: what the run has eaten, in order of step and sample."""
     steps: dict[int, dict[int, str]] = {}
@@ -166,6 +173,10 @@ def consumed(run: Path) -> list[tuple[int, list[int], list[str]]]:
 
 def test_one_and_two_processes_have_the_same_losses(runs: Runs) -> None:
     assert losses(runs.moved)[:COMPARED] == pytest.approx(losses(runs.straight)[:COMPARED], rel=1e-5)
+    for one, two in zip(losses_by_name(runs.moved), losses_by_name(runs.straight), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    names = {name for step in losses_by_name(runs.straight)[:COMPARED] for name in step}
+    assert names == {"grid", "series", "trace", "grid/masked", "series/masked", "trace/masked"}
 
 
 def test_the_batches_compared_are_mixed_uneven_and_have_gaps(runs: Runs) -> None:

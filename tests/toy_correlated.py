@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from sci_gpt.model.shapes import ModelShape
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_tokenizers.packing import collate
 from sci_tokenizers.sample import Sample
+from sci_tokenizers.statistics import CellClimatology, ChannelStatistics, place_number
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 
@@ -25,9 +27,39 @@ LENGTH = 2.0  # of the spatial correlation exp(-distance^2 / (2 LENGTH^2)), in c
 SHARED = 0.6  # correlation of the two variables in a cell
 LEVEL, SPREAD = 280.0, 5.0  # K, of both variables
 VARIABLES = ("air_temperature", "sea_surface_temperature")
-RATE = 1e-2
+INNOVATION = math.sqrt(1 - PERSISTENCE**2)  # spread of a cell one frame ahead
+RATE = 8e-3
+STEPS, DOCUMENTS = 260, 4  # of training: some seconds
 SHAPE = ModelShape(layers=2, width=48, heads=2, hidden=96)
 SETTINGS = TokenizerSettings(grid_patch=PATCH)
+
+
+def places() -> tuple[np.ndarray, np.ndarray]:
+    """Latitudes and longitudes (SIDE, SIDE), far apart, so that patches know their places."""
+    rows, columns = (axis.astype(np.float32) for axis in np.indices((SIDE, SIDE)))
+    return 10.0 * rows - 35.0, 40.0 * columns
+
+
+def statistics() -> dict[str, ChannelStatistics]:
+    """What a training split knows of the process, each cell's climatology among it.
+
+    Without that the level to which a cell returns would have to be guessed from eight frames, and the spread of a
+    calibrated forecast would be that of the process and of the guess.
+    """
+    number = np.sort(place_number(*places()).ravel())
+    one = ChannelStatistics(
+        count=10**6,
+        mean=LEVEL,
+        std=SPREAD,
+        step_std=SPREAD * math.sqrt(2 * (1 - PERSISTENCE)),
+        num_year=0,
+        num_day=0,
+        climatology=(LEVEL,),
+        minimum=LEVEL - 6 * SPREAD,
+        maximum=LEVEL + 6 * SPREAD,
+        cells=CellClimatology(place=number, coefficients=np.full((len(number), 1), LEVEL, np.float32)),
+    )
+    return dict.fromkeys(VARIABLES, one)
 
 
 def covariance() -> np.ndarray:
@@ -51,7 +83,7 @@ def frames(count: int, *, seed: int, start: np.ndarray | None = None, runs: int 
     state = fresh() if start is None else np.broadcast_to(start.reshape(1, 2, -1), (runs, 2, SIDE**2))
     out = []
     for _ in range(count):
-        state = PERSISTENCE * state + np.sqrt(1 - PERSISTENCE**2) * fresh()
+        state = PERSISTENCE * state + INNOVATION * fresh()
         out.append(state)
     return np.stack(out, axis=1).reshape(runs, count, 2, SIDE, SIDE)
 
@@ -60,7 +92,7 @@ def as_sample(values: np.ndarray, *, key: str) -> Sample:
     """A daily film of (times, variable, SIDE, SIDE)."""
     times = len(values)
     seconds = 1.0e9 + 86400.0 * np.arange(times)
-    rows, columns = (axis.astype(np.float32) for axis in np.indices((SIDE, SIDE)))
+    latitude, longitude = places()
     return Sample(
         key=key,
         source="correlated",
@@ -73,8 +105,8 @@ def as_sample(values: np.ndarray, *, key: str) -> Sample:
         year_phase=np.zeros(times, np.float32),
         day_phase=np.zeros(times, np.float32),
         step_seconds=86400.0,
-        latitude=10.0 * rows - 35.0,  # far apart, so that patches know their places
-        longitude=40.0 * columns,
+        latitude=latitude,
+        longitude=longitude,
         elevation=np.zeros((SIDE, SIDE), np.float32),
     )
 
@@ -85,15 +117,15 @@ def trained(steps: int, *, documents: int = 8, noise: NoiseSettings, seed: int =
     initialize(model, seed)
     model.train()
     adam = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    tokenizer = make_tokenizer("grid", SETTINGS)
+    tokenizer, known = make_tokenizer("grid", SETTINGS), statistics()
     for step in range(steps):
         films = frames(16, seed=1000 + step, runs=documents)
         made = [
-            tokenizer.encode(as_sample(film, key=f"{step}/{i}"), num_context=8, leads=(1,))
+            tokenizer.encode(as_sample(film, key=f"{step}/{i}"), num_context=8, leads=(1,), statistics=known)
             for i, film in enumerate(films)
         ]
         for group in adam.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 10, 3 * (steps - step) / steps)
+            group["lr"] = RATE * min(1.0, (step + 1) / 10, (steps - step) / steps)
         inputs = noisy_inputs(collate([made], sum(one.num_tokens for one in made)), noise=noise, seed=seed)
         loss = weighted_sums(model(inputs), inputs, settings=SETTINGS)["grid"] / valid_weights(inputs)["grid"]
         adam.zero_grad()
@@ -103,9 +135,26 @@ def trained(steps: int, *, documents: int = 8, noise: NoiseSettings, seed: int =
     return model.eval()
 
 
+def away(ensemble: np.ndarray) -> np.ndarray:
+    """Members (context, member, ..) less the ensemble's mean, as wide as the distribution that they are drawn from."""
+    count = ensemble.shape[1]
+    return np.asarray((ensemble - ensemble.mean(axis=1, keepdims=True)) * math.sqrt(count / (count - 1)))
+
+
+def shuffled(ensemble: np.ndarray) -> np.ndarray:
+    """Members (context, member, ..) dealt anew in every cell: the same marginals to the bit, nothing in common."""
+    order = np.random.default_rng(3).random(ensemble.shape).argsort(axis=1)
+    return np.take_along_axis(ensemble, order, axis=1)
+
+
+def zonal_power(fields: np.ndarray) -> np.ndarray:
+    """Mean power of each zonal wave number 0.. SIDE / 2 of fields (.., SIDE, SIDE)."""
+    return np.asarray((np.abs(np.fft.rfft(fields, axis=-1)) ** 2).reshape(-1, SIDE // 2 + 1).mean(axis=0))
+
+
 def predictor(model: SciGPT) -> Predictor:
-    """Of a model of `trained`; its source has no statistics."""
-    return Predictor(model, SETTINGS, statistics={})
+    """Of a model of `trained`."""
+    return Predictor(model, SETTINGS, statistics={"correlated": statistics()})
 
 
 def contexts(count: int, *, num_times: int = 8) -> Sequence[Sample]:

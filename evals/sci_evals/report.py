@@ -95,10 +95,11 @@ median, per source, channel and lead, with which the bands cover what they shoul
 no test data; drawn to 1 where validation holds few independent blocks. All other scores are of the model as it is.
 
 untrained is the same model before training; time-shuffled was trained and is scored on windows whose values were
-shuffled in time, against baselines fitted and scored on such windows. Neither should show skill. Both are scored on a
-fixed subset of the windows (their number stands in the row). anchor is what the model's heads correct, alone: a linear
-forecast fitted to the training split (grids, series) or an average of autoregressions of the record's own past
-(traces). trained over anchor has the anchor for its only baseline, on the same windows: what the network learned.
+drawn from them at random in time, against baselines fitted and scored on such windows. Neither should show skill.
+Both are scored on a fixed subset of the windows (their number stands in the row). anchor is what the model's heads
+correct, alone: a linear forecast fitted to the training split (grids, series) or an average of autoregressions of the
+record's own past (traces). trained over anchor has the anchor for its only baseline, on the same windows: what the
+network learned.
 """
 
 

@@ -148,9 +148,11 @@ class WindowSet:
         )
 
     def shuffled(self, seed: int) -> WindowSet:
-        """Each window's values permuted in time, one order per window for all its channels; the calendar stays."""
-        order = np.argsort(np.random.default_rng(seed).random(self.time.shape), axis=1)
-        index = order[:, :, None, None, None]
+        """Each time has the values of one drawn at random from its window (with replacement, as in `Windows.shuffled`),
+        all channels together; the calendar stays.
+        """
+        drawn = np.random.default_rng(seed).integers(0, self.time.shape[1], self.time.shape)
+        index = drawn[:, :, None, None, None]
         return replace(
             self,
             values=np.take_along_axis(self.values, index, axis=1),

@@ -11,6 +11,7 @@ from sci_gpt.data.order import PERIOD, Order, keyed, mixture_table
 from sci_gpt.data.store import Store
 from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.errors import ConfigError, DataError
+from sci_tokenizers.left_out import without
 from sci_tokenizers.masked import masked_tokens
 from sci_tokenizers.packing import pack_rows
 from sci_tokenizers.table import make_tokenizer
@@ -87,11 +88,10 @@ class Corpus:
         spec = self.specs[source]
         low, high = spec.context_frames
         context = low + keyed(self.seed, "context", n) % (high - low + 1)
-        tokenizer, sample, statistics = (
-            self.tokenizers[source],
-            self.windows[source].read(window),
-            self.store.statistics[spec.source],
-        )
+        tokenizer, windows = self.tokenizers[source], self.windows[source]
+        sample = windows.stored(window)
+        statistics = without(self.store.statistics[spec.source], sample)
+        sample = windows.shuffled(sample, window)
         if self.masked(n):
             key = keyed(self.seed, "tubes", n)
             return masked_tokens(

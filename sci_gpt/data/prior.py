@@ -11,6 +11,7 @@ import numpy as np
 from sci_gpt.data.faults import UnreadableError
 from sci_gpt.data.windows import Windows
 from sci_gpt.errors import DataError
+from sci_tokenizers.left_out import without
 from sci_tokenizers.prior import LinearPrior, Past
 from sci_tokenizers.statistics import ChannelStatistics
 from sci_tokenizers.tokenizer import Tokenizer
@@ -72,18 +73,19 @@ def _rows(
     )
     low, high = spec.context_frames
     random = np.random.default_rng(0)
+    unfitted = {name: replace(row, prior=None) for name, row in statistics.items()}
     features, targets, fold = [], [], []
     for place, number in enumerate(numbers):
         try:
-            sample = windows.read(int(number))
+            sample = windows.stored(int(number))
         except UnreadableError as error:  # one window of thousands: the fit goes on without it, and says so
             print(f"warning: the prior of {spec.source} is fitted without {error}", file=sys.stderr, flush=True)
             continue
         tokens = tokenizer.encode(
-            sample,
+            windows.shuffled(sample, int(number)),
             num_context=low + place % (high - low + 1),
             leads=(1,),
-            statistics={name: replace(row, prior=None) for name, row in statistics.items()},
+            statistics=without(unfitted, sample),
         )
         x, y = _document(tokens, leads)
         most = -(-_MAX_ROWS // len(numbers))

@@ -217,7 +217,8 @@ class _Sums:
         kept_day = num_day if _covered(self.day_bins) else 0
         columns = [0, *range(1, 1 + 2 * kept_year)]
         columns += range(1 + 2 * num_year, 1 + 2 * num_year + 2 * kept_day)
-        coefficients = np.linalg.lstsq(self.normal[np.ix_(columns, columns)], self.moment[columns], rcond=None)[0]
+        normal = self.normal[np.ix_(columns, columns)]
+        coefficients = np.linalg.lstsq(normal, self.moment[columns], rcond=None)[0]
         coefficients[0] += self.origin or 0.0
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean**2, 0.0)
@@ -234,16 +235,23 @@ class _Sums:
             minimum=self.minimum,
             maximum=self.maximum,
             cells=self._cells(columns) if len(columns) > 1 else None,
+            products=tuple(map(tuple, normal.tolist())),
         )
 
     def _cells(self, columns: list[int]) -> CellClimatology | None:
         """Each cell's own climatology; a cell that was seen in two tiles keeps the first."""
         fitted = [tile.fit(columns) for tile in self.tiles.values()]
-        if not sum(len(place) for place, _ in fitted):
+        if not sum(len(place) for place, _, _ in fitted):
             return None
-        place, first = np.unique(np.concatenate([place for place, _ in fitted]), return_index=True)
-        coefficients = np.concatenate([coefficients for _, coefficients in fitted])[first]
-        return CellClimatology(place=place, coefficients=coefficients.astype(np.float32))
+        places, coefficients, normal = (np.concatenate(parts) for parts in zip(*fitted, strict=True))
+        place, first = np.unique(places, return_index=True)
+        products, pattern = np.unique(normal[first], axis=0, return_inverse=True)
+        return CellClimatology(
+            place=place,
+            coefficients=coefficients[first].astype(np.float32),
+            products=products,
+            pattern=pattern.reshape(-1).astype(np.int64),
+        )
 
 
 class _Tile:
@@ -266,12 +274,12 @@ class _Tile:
         self.normal += other.normal
         self.moment += other.moment
 
-    def fit(self, columns: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Places and coefficients of the cells seen often enough for `columns` of the design."""
+    def fit(self, columns: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places, coefficients and products of the cells seen often enough for `columns` of the design."""
         count = self.normal[:, 0, 0]
         kept = np.flatnonzero(count >= _PER_COEFFICIENT * len(columns))
         normal = self.normal[kept][:, columns][:, :, columns] + 1e-9 * count[kept, None, None] * np.eye(len(columns))
-        return self.place[kept], np.linalg.solve(normal, self.moment[kept][:, columns, None])[..., 0]
+        return self.place[kept], np.linalg.solve(normal, self.moment[kept][:, columns, None])[..., 0], normal
 
 
 def _covered(bins: np.ndarray) -> bool:

@@ -22,7 +22,7 @@ from sci_gpt.errors import DataError
 from sci_tokenizers.sample import Modality, Sample
 from sci_tokenizers.statistics import SourceStatistics, statistics_from_json
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SPLITS = ("train", "valid", "test")
 MOST_OPEN = 64  # shards kept open, and so many tables of the index
 MOST_KEPT = 1 << 20  # bytes that the stretches made ready of an open shard may hold

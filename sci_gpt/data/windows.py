@@ -102,7 +102,7 @@ class Windows:
         spec: shape of the windows.
         split: "train", "valid" or "test".
         frame_times: entries of the time axis per frame (the tokenizer's).
-        shuffle_time: permute values in time within each window, keyed by `seed` and the window; the calendar stays.
+        shuffle_time: see `shuffled`.
         seed: of the shuffle.
 
     Raises:
@@ -162,9 +162,12 @@ class Windows:
 
     def read(self, window: int) -> Sample:
         """The window's sample (time-shuffled where the run asks for it)."""
+        return self.shuffled(self.stored(window), window)
+
+    def stored(self, window: int) -> Sample:
+        """The window's sample, its values in the order of their times."""
         stretch, start, stop = self.locate(window)
-        sample = self.store.read(self.spec.source, self.split, index=stretch, start=start, stop=stop)
-        return self._shuffled(sample, window) if self.shuffle_time else sample
+        return self.store.read(self.spec.source, self.split, index=stretch, start=start, stop=stop)
 
     def _make(self, shard: int) -> _Table:
         return self._worked_out(*self.store.shard(self.spec.source, self.split, number=shard))
@@ -185,7 +188,13 @@ class Windows:
         kept_before = np.asarray(starts[1:], np.int64) - skipped[:-1]
         return _Table(ends=ends, kept_before=kept_before, skipped=skipped, left_out=lost)
 
-    def _shuffled(self, sample: Sample, window: int) -> Sample:
+    def shuffled(self, sample: Sample, window: int) -> Sample:
+        """What `stored` gave; where the run asks for it each time has the values of a time drawn at random from the
+        window, keyed by the seed and the window, and the calendar stays. Drawn with replacement: of a mere permutation
+        the values that have not come yet are those that are left, which can be forecast.
+        """
+        if not self.shuffle_time:
+            return sample
         key = keyed(self.seed, "shuffle", self.spec.source, self.split, window)
-        order = np.random.Generator(np.random.Philox(key=key)).permutation(sample.num_times)
-        return replace(sample, values=sample.values[order], valid=sample.valid[order])
+        drawn = np.random.Generator(np.random.Philox(key=key)).integers(0, sample.num_times, sample.num_times)
+        return replace(sample, values=sample.values[drawn], valid=sample.valid[drawn])

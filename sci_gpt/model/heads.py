@@ -17,11 +17,11 @@ from sci_tokenizers.autoregression import HORIZONS
 from sci_tokenizers.memory import MEMORIES
 
 # Weight of the last value (0 for a waveform, its mean) against the anchor before training: a head of series starts at
-# persistence, one of grids half way to its anchor, one of traces at 0.85 of its own autoregression.
-START_LEAN = {"grid": 0.5, "series": 1.0, "trace": 0.15}
-# A grid's correction has a number for each cell of a patch, far more than a lean: this factor slows its learning,
-# so that a few years of monthly fields are not learned by heart.
-GRID_PACE = 0.1
+# persistence, one of grids a third of the way to its anchor, one of traces at 0.85 of its own autoregression.
+START_LEAN = {"grid": 0.65, "series": 1.0, "trace": 0.15}
+# The correction of a grid or trace has a number for each value of a token, far more than a lean: this factor slows its
+# learning, so that a few years of monthly fields or a few records are not learned by heart.
+PACE = 0.1
 # What `_pile_features` weigh in the pile's logit before training: a dry hour is often followed by another, a wet one
 # hardly ever by a dry one, in more frames it may.
 _PILE_START = (1.0, 0.0, -3.0, 1.0, 0.0)
@@ -57,14 +57,35 @@ class MixturePrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePrediction:
-    """Members (M, U, V, K) in scaled units, and which units are asked together.
+    """Members in scaled units, and which units are asked together: a member is location + hangs . z.
 
-    `pooled_weight` is the weight of pooled values in the loss.
+    Attributes:
+        location: (M, U, V, K), of each member.
+        hangs: (M, U, V, K, N), how each value hangs on the noise: a normal distribution, known as a whole.
+        noise: (M, U, N), standard normal z, the same for all units that are asked together.
+        pooled_weight: of pooled values in the loss.
     """
 
-    values: Tensor
+    location: Tensor
+    hangs: Tensor
+    noise: Tensor
     together: Together
     pooled_weight: float
+
+    @property
+    def values(self) -> Tensor:
+        """A draw of each member, (M, U, V, K)."""
+        return self.location + torch.einsum("muvkn,mun->muvk", self.hangs, self.noise)
+
+    @property
+    def key(self) -> Tensor:
+        """A whole number of each unit (U,), by chance, from the noise that the loss does not draw."""
+        return (self.noise[0, :, 0] * 2.0**24).long()
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of each member's value beside its location, (M, U, V, K)."""
+        return self.hangs.norm(dim=-1)
 
 
 Prediction = GaussianPrediction | MixturePrediction | SamplePrediction
@@ -161,7 +182,7 @@ class GaussianHead(nn.Module):
 
     Args:
         width, num_variables: as for `Head`.
-        modality: whose values it predicts: decides memories, levels, START_LEAN and GRID_PACE.
+        modality: whose values it predicts: decides memories, levels, START_LEAN.
         num_values: K of a token.
         output_scale: as for `Head`.
         noise: numbers in the noise of a `SampleHead`.
@@ -179,7 +200,7 @@ class GaussianHead(nn.Module):
     ) -> None:
         super().__init__()
         num_memories = 0 if modality == "trace" else len(MEMORIES)
-        self.start_lean, self.pace = START_LEAN[modality], GRID_PACE if modality == "grid" else 1.0
+        self.start_lean, self.pace = START_LEAN[modality], PACE
         self.sizes = [num_values, num_values, 1 + num_memories, 1 + len(HORIZONS)]
         self.num_leaning = num_values * num_memories + len(HORIZONS)  # products per answer of `_located` and `_spread`
         self.head = Head(
@@ -208,18 +229,19 @@ class GaussianHead(nn.Module):
 class SampleHead(GaussianHead):
     """Head of a trunk that is conditioned on noise: a member is location + spread * a . z / |a|, one value each.
 
-    z is the noise of the asking frame and member, the same for all its slots; a, read out of the trunk, says how each
-    value hangs on it, so that values with like a move together. Alone each value is as wide as its spread says.
+    z is a part of the noise of the asking frame and member that the trunk does not see, the same for all its slots; a,
+    read out of the trunk, says how each value hangs on it, so that values with like a move together. Alone each value
+    is as wide as its spread says, and all of them have a normal distribution that the loss knows without drawing z.
     """
 
-    def member(self, x: Tensor, payload: PayloadInputs, *, noise: Tensor) -> Tensor:
-        """One member's values (U, V, K) in scaled units, from (N, width) and the noise of its tokens (N, noise)."""
+    def member(self, x: Tensor, payload: PayloadInputs) -> tuple[Tensor, Tensor]:
+        """One member's locations (U, V, K) and how they hang on the noise (U, V, K, N), in scaled units, from (N,
+        width)."""
         numbers = self.head(x, payload)
         at = self.distribution(numbers[..., : sum(self.sizes)], payload)
-        z = noise[payload.unit_token].to(numbers.dtype)
-        hangs = rearrange(numbers[..., sum(self.sizes) :], "u v (k n) -> u v k n", n=z.shape[1])
-        size = hangs.square().sum(dim=-1).clamp(min=1e-12).sqrt()
-        return at.mean + at.log_spread.exp() * torch.einsum("uvkn,un->uvk", hangs, z) / size
+        hangs = rearrange(numbers[..., sum(self.sizes) :], "u v (k n) -> u v k n", k=self.sizes[0])
+        size = hangs.square().sum(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
+        return at.mean, at.log_spread.exp()[..., None] * hangs / size
 
 
 class MixtureHead(nn.Module):

@@ -13,6 +13,7 @@ from sci_gpt.model.transformer import SciGPT
 
 LEVELS = "level.project.weight"  # what variables' levels weigh, in embedding and head
 _ZERO = (".bias", "variable_gain", "id_table", LEVELS)  # what adds nothing before training
+_READOUT = ".head.readout.weight"
 _NOISE = 0.1  # standard deviation of 1 + W z, the factor by which noise scales a norm's output before training
 
 
@@ -42,6 +43,9 @@ def initialize(model: SciGPT, seed: int) -> None:
         else:
             spread = _spread(name, parameter, layers=model.shape.layers)
             drawn = standard_normal(seed, name, start=0, stop=parameter.numel())
+            if name.endswith(_READOUT):  # all values of a token start to hang on the noise alike: neighbours together
+                part = model.settings.noise.width * parameter.shape[1]
+                drawn = drawn[:part].repeat(parameter.numel() // part)
             parameter.copy_((drawn * spread).view_as(parameter))
 
 

@@ -74,8 +74,8 @@ class NoiseSettings:
     """How a trunk is conditioned on noise.
 
     Attributes:
-        width: numbers in the vector of a document, frame and member; 0: the model predicts marginals and has no
-            parameters for noise.
+        width: numbers of the noise of a document, frame and member that the trunk takes, and as many others that the
+            head takes; 0: the model predicts marginals and has no parameters for noise.
         members: samples per document in training, at least 2.
         pooled_weight: weight of the CRPS of pooled values (see `loss.pooled_crps`) beside that of single values.
     """
@@ -83,6 +83,11 @@ class NoiseSettings:
     width: int = 0
     members: int = 2
     pooled_weight: float = 1.0
+
+    @property
+    def drawn(self) -> int:
+        """Numbers in the noise of a document, frame and member: the trunk's, then the head's."""
+        return 2 * self.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +107,8 @@ class Together:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Noise of M members: values (M, T, width), the same for all slots of a frame; and {modality: Together}."""
+    """Noise of M members: values (M, T, `NoiseSettings.drawn`), the same for all slots of a frame, the trunk's numbers
+    before the head's; and {modality: Together}."""
 
     values: Tensor
     together: dict[str, Together]

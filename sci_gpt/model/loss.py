@@ -14,6 +14,7 @@ from sci_tokenizers.sample import masked_name
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 _SLOT_SUMS = 4  # sums over the slots of a frame in each question's pooled score
+_LEAST = 1e-12  # variance that a sum has at least
 
 
 def crps_gaussian(mean: Tensor, log_spread: Tensor, *, truth: Tensor) -> Tensor:
@@ -76,17 +77,27 @@ def mixture_log_probability(prediction: MixturePrediction, centre: Tensor, *, wi
     return torch.logsumexp(prediction.log_weight + bins, dim=-1)
 
 
-def crps_members(members: Tensor, truth: Tensor) -> Tensor:
-    """Fair CRPS of M members (M, ..) against the truth (..): mean|x - y| - sum|xi - xj| / (2 M (M - 1)) (Ferro 2014).
+def crps_members(location: Tensor, spread: Tensor, *, truth: Tensor) -> Tensor:
+    """Fair CRPS of M members, each a normal distribution, against the truth (..): mean E|xi - y| less the sum of
+    E|xi - xj| over i < j, by M (M - 1) (Ferro 2014; closed forms of Grimit et al. 2006, eq. 3).
 
-    Elementwise, in the unit of `truth`; its expectation is least for members from the truth's own distribution, however
-    few they are.
+    Elementwise, in the unit of `truth`; its expectation is least for members whose draws have the truth's own
+    distribution, however few they are. What is drawn inside a member is integrated out, not sampled.
+
+    Args:
+        location, spread: (M, ..), spreads above 0.
     """
-    count = len(members)
-    rank = 2.0 * torch.arange(count, device=members.device, dtype=members.dtype) - count + 1
-    # sum over i, j of |xi - xj| = 2 sum_i (2i - M + 1) x_(i): no pairs are formed
-    pairs = 2.0 * torch.tensordot(rank, members.sort(dim=0).values, dims=1)
-    return (members - truth).abs().mean(dim=0) - pairs / (2.0 * count * (count - 1))
+    count = len(location)
+    first, second = torch.triu_indices(count, count, offset=1, device=location.device)
+    apart = torch.hypot(spread[first], spread[second])
+    pairs = _mean_absolute(location[first] - location[second], apart).sum(dim=0)
+    return _mean_absolute(location - truth, spread).mean(dim=0) - pairs / (count * (count - 1))
+
+
+def _mean_absolute(mean: Tensor, spread: Tensor) -> Tensor:
+    """E|x| of a normal x."""
+    z = mean / spread
+    return mean * torch.erf(z / math.sqrt(2.0)) + spread * torch.exp(-0.5 * z * z) * math.sqrt(2 / math.pi)
 
 
 def _walsh(number: Tensor, frame: Tensor) -> Tensor:
@@ -98,46 +109,66 @@ def _walsh(number: Tensor, frame: Tensor) -> Tensor:
     return 1.0 - 2.0 * (bits & 1)
 
 
-def pooled_crps(errors: Tensor, *, weight: Tensor, together: Together) -> Tensor:
+def _signs(number: Tensor, key: Tensor) -> Tensor:
+    """+1 or -1 by the bits of a hash of two whole numbers (multiply and shift, modulo 2^32)."""
+    mixed = number * 0x9E3779B1 + key
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        mixed = mixed & 0xFFFFFFFF
+        mixed = (mixed ^ (mixed >> 15)) * factor
+    return 1.0 - 2.0 * ((mixed >> 16) & 1)
+
+
+def pooled_crps(errors: Tensor, hangs: Tensor, *, weight: Tensor, together: Together, key: Tensor) -> Tensor:
     """Fair CRPS (U,) of sums over values that are asked together, which scores of single values say nothing of.
 
     Inside a token: the Walsh functions of each variable's K cells, divided by the root of the summed squared weights
     (of unit variance for white errors). Over the slots of a frame: these sums once more, with the signs of `_SLOT_SUMS`
-    Walsh functions of the slots, the plain sum always and others in each frame, divided by the root of the slots. Both
-    also for the variables mixed with such signs. The mean over the scores of each of the two, added.
+    Walsh functions of the slots, the plain sum always and others in each frame, divided by the root of the slots.
+    Beside both stand sums of all of them with signs by chance: of how one goes with another none of them tells.
 
     Args:
-        errors: (M, U, V, K), members less the truth.
+        errors: (M, U, V, K), members' locations less the truth.
+        hangs: (M, U, V, K, N), how the values hang on the noise that all units of a question share.
         weight: (U, V, K) of each value, 0 where the truth is missing.
         together: which units make one question; all units of a question have the same second part.
+        key: int64 (U,), of the signs by chance, the same for all units of a question.
     """
-    mix = _walsh(torch.arange(errors.shape[2], device=errors.device), together.frame[:, None])  # u v
+    known = torch.cat([errors[..., None], hangs], dim=-1) * weight[..., None]  # location and hangs sum alike
     size = weight.square().sum(dim=2).sqrt()  # u v
+    known = known.transpose(0, 1) / torch.where(size > 0, size, 1.0)[:, None, :, None, None]  # u m v k (1 + n)
     cells = torch.arange(errors.shape[3], device=errors.device)
-    inside = torch.einsum("qk,muvk->umqv", _walsh(cells, cells[:, None]), errors * weight)
-    inside = inside / torch.where(size > 0, size, 1.0)[:, None, None]
-    part = _mean_crps(inside, present=size > 0, mix=mix)
+    inside = _walsh(cells, cells[:, None]) @ known
+    part = _mean_crps(inside[:, None], present=size > 0, key=key)
     count = int(together.group.max()) + 1 if len(weight) else 0
-    slots = weight.new_zeros(count, mix.shape[1]).index_add(0, together.group, (size > 0).to(weight.dtype))
-    first = mix.new_zeros(count, mix.shape[1]).index_copy(0, together.group, mix)
+    slots = weight.new_zeros(count, size.shape[1]).index_add(0, together.group, (size > 0).to(weight.dtype))
+    sums = []
     for number in range(_SLOT_SUMS):
         function = together.frame * (_SLOT_SUMS - 1) + number if number else torch.zeros_like(together.frame)
-        signed = inside * _walsh(together.slot, function)[:, None, None, None]
-        sums = inside.new_zeros(count, *inside.shape[1:]).index_add(0, together.group, signed)
-        sums = sums / slots.clamp(min=1).sqrt()[:, None, None]
-        part = part + _mean_crps(sums, present=slots > 0, mix=first)[together.group] / _SLOT_SUMS
-    return part
+        signed = inside * _walsh(together.slot, function)[:, None, None, None, None]
+        total = inside.new_zeros(count, *inside.shape[1:]).index_add(0, together.group, signed)
+        sums.append(total / slots.clamp(min=1).sqrt()[:, None, :, None, None])
+    own = key.new_zeros(count).index_copy(0, together.group, key)
+    return part + _mean_crps(torch.stack(sums, dim=1), present=slots > 0, key=own)[together.group]
 
 
-def _mean_crps(sums: Tensor, *, present: Tensor, mix: Tensor) -> Tensor:
-    """Mean fair CRPS (G,) of the sums (G, M, Q, V) of the variables that are present (G, V), and of their mixture with
-    the signs (G, V)."""
-    share = mix * present / present.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
-    mixed = torch.einsum("gmqv,gv->gmq", sums, share)
-    flat = torch.cat([sums, mixed[..., None]], dim=3).transpose(0, 1)  # m g q (v + 1)
-    counted = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)[:, None]  # g 1 (v + 1)
-    scores = crps_members(flat, torch.zeros_like(flat[0])) * counted
-    return scores.sum(dim=(1, 2)) / (counted.sum(dim=(1, 2)) * scores.shape[1]).clamp(min=1)
+def _mean_crps(sums: Tensor, *, present: Tensor, key: Tensor) -> Tensor:
+    """Mean fair CRPS (G,) of the sums (G, F, M, V, Q, 1 + N) of the variables that are present (G, V), plus that of Q
+    sums of all F V Q with signs of the key (G,), divided by the root of F V Q."""
+    _, functions, _, variables, count, _ = sums.shape
+    number = torch.arange(functions * variables * count, device=sums.device).view(functions, variables, count)
+    signs = _signs(number, key[:, None, None, None]) * present[:, None, :, None]
+    signs = signs / (functions * count * present.sum(dim=1).clamp(min=1))[:, None, None, None].sqrt()
+    cells = torch.arange(count, device=sums.device)
+    mixed = _walsh(cells, cells[:, None]) @ torch.einsum("gfmvqn,gfvq->gmqn", sums, signs)
+    single = _crps_of_sums(sums.movedim(2, 0)) * present[:, None, :, None]
+    shown = present.sum(dim=1).clamp(min=1) * functions * count
+    return single.sum(dim=(1, 2, 3)) / shown + _crps_of_sums(mixed.movedim(1, 0)).mean(dim=1) * present.any(dim=1)
+
+
+def _crps_of_sums(sums: Tensor) -> Tensor:
+    """Fair CRPS (..) of sums (M, .., 1 + N), location less truth and how they hang on the noise."""
+    spread = (sums[..., 1:].square().sum(dim=-1) + _LEAST).sqrt()
+    return crps_members(sums[..., 0], spread, truth=torch.zeros_like(spread[0]))
 
 
 def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: TokenizerSettings) -> Tensor:
@@ -156,9 +187,12 @@ def unit_losses(prediction: Prediction, payload: PayloadInputs, *, settings: Tok
         return torch.where(weight[:, 0, 0] > 0, loss, 0.0)
     spread, pooled = payload.unit_spread.exp(), torch.zeros_like(payload.unit_weight)
     if isinstance(prediction, SamplePrediction):
-        errors = torch.where(weight > 0, (prediction.values - truth) / spread, 0.0)
-        loss = crps_members(errors, torch.zeros_like(truth))
-        pooled = prediction.pooled_weight * pooled_crps(errors, weight=weight, together=prediction.together)
+        errors = torch.where(weight > 0, (prediction.location - truth) / spread, 0.0)
+        loss = crps_members(errors, prediction.spread / spread, truth=torch.zeros_like(truth))
+        hangs = torch.where((weight > 0)[..., None], prediction.hangs / spread[..., None], 0.0)
+        pooled = prediction.pooled_weight * pooled_crps(
+            errors, hangs, weight=weight, together=prediction.together, key=prediction.key
+        )
     else:
         assert isinstance(prediction, GaussianPrediction)
         loss = crps_of(prediction, truth) / spread

@@ -62,7 +62,7 @@ def noisy_inputs(
     if not noise.width:
         return inputs
     names = [str(n) if n >= 0 else key for n, key in zip(batch.numbers, batch.keys, strict=True)]
-    drawn = token_noise(names, batch, members=members or noise.members, seed=seed, width=noise.width)
+    drawn = token_noise(names, batch, members=members or noise.members, seed=seed, width=noise.drawn)
     together = {
         name: Together(**{field: value.to(device) for field, value in vars(one).items()})
         for name, one in together_of(batch).items()

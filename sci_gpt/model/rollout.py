@@ -79,7 +79,7 @@ class Rollout:
 
     def _noise(self, member: int, frames: tuple[int, int]) -> Tensor:
         """(documents * frames * S, width)."""
-        width = self._model.settings.noise.width
+        width = self._model.settings.noise.drawn
         drawn = [
             frame_noise(growth.tokens.key, seed=self._seed, member=member, frames=frames, width=width)
             for growth in self._growths

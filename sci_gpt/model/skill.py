@@ -38,7 +38,7 @@ def batch_scores(model: SciGPT, inputs: ModelInputs, *, settings: TokenizerSetti
         if isinstance(prediction, GaussianPrediction):
             crps = crps_of(prediction, truth)
         elif isinstance(prediction, SamplePrediction):
-            crps = crps_members(prediction.values, truth)
+            crps = crps_members(prediction.location, prediction.spread, truth=truth)
         else:
             levels = torch.tensor(_LEVELS)
             quantiles = prediction_quantiles(prediction, levels, settings=settings)

@@ -126,7 +126,11 @@ class SciGPT(nn.Module):
             x = x.index_add(0, payload.index, self.embed[modality](payload).to(x.dtype))
         z = None
         if inputs.noise is not None:
-            x, z, inputs = x.repeat(copies, 1), inputs.noise.values.flatten(0, 1), inputs.repeated(copies)
+            x, z, inputs = (
+                x.repeat(copies, 1),
+                inputs.noise.values.flatten(0, 1)[:, : self.settings.noise.width],
+                inputs.repeated(copies),
+            )
         order, laid = inputs.by_document()
         x, rotary, z = x[order], Rotary.of(laid, self.shape.head_width), None if z is None else z[order]
         wide, radius = Reach.of(laid), self.settings.radius
@@ -139,27 +143,25 @@ class SciGPT(nn.Module):
             layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces, noise=z, held=held)
             x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
-        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, self.norm(x))
+        x = self.norm(x)  # float32 under autocast on a GPU
+        return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, x)
 
     def members(self, x: Tensor, inputs: ModelInputs) -> dict[str, Prediction]:
         """Members of every asked unit from the trunk's output (M * T, width), by modality."""
         noise = inputs.noise
         assert noise is not None
-        return {
-            modality: SamplePrediction(
-                values=torch.stack(
-                    [
-                        cast(SampleHead, self.heads[modality]).member(
-                            own[payload.index], payload, noise=z[payload.index]
-                        )
-                        for own, z in zip(x.chunk(len(noise.values)), noise.values, strict=True)
-                    ]
-                ),
+        found: dict[str, Prediction] = {}
+        for modality, payload in inputs.payloads.items():
+            head = cast(SampleHead, self.heads[modality])
+            members = [head.member(own[payload.index], payload) for own in x.chunk(len(noise.values))]
+            found[modality] = SamplePrediction(
+                location=torch.stack([location for location, _ in members]),
+                hangs=torch.stack([hangs for _, hangs in members]),
+                noise=noise.values[:, payload.index[payload.unit_token], self.settings.noise.width :],
                 together=noise.together[modality],
                 pooled_weight=self.settings.noise.pooled_weight,
             )
-            for modality, payload in inputs.payloads.items()
-        }
+        return found
 
     @property
     def num_parameters(self) -> int:

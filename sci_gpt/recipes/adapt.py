@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,9 +28,10 @@ from sci_gpt.model.width import rate_factors
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.load import LoadedModel, SourceFacts
 from sci_gpt.train.schedule import Schedule
+from sci_tokenizers.left_out import without
 from sci_tokenizers.packing import collate
 from sci_tokenizers.sample import Sample
-from sci_tokenizers.statistics import SourceStatistics
+from sci_tokenizers.statistics import ChannelStatistics, SourceStatistics
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokens import Tokens
 from sci_tokenizers.variables import VARIABLES
@@ -295,9 +296,8 @@ class _Documents:
         chosen = np.linspace(0, valid.num_windows - 1, count).astype(int)
         longest = self.spec.context_frames[1]
         self._noise = known.model.settings.noise
-        self.valid = _chunks(
-            [self._encode(valid.read(int(number)), longest) for number in chosen], noise=self._noise, seed=settings.seed
-        )
+        held_out = [self._encode(valid.read(int(n)), longest, statistics=self.statistics) for n in chosen]
+        self.valid = _chunks(held_out, noise=self._noise, seed=settings.seed)
         if not sum(valid_weights(inputs)[self.modality] for inputs in self.valid):
             raise DataError(
                 f"source {examples.source!r}: its validation part holds no value to forecast; give a longer or a more "
@@ -338,11 +338,12 @@ class _Documents:
         if (window, context) not in self._cache:
             if len(self._cache) >= _CACHED:
                 self._cache.clear()
-            self._cache[window, context] = self._encode(self.train.read(window), context)
+            sample = self.train.read(window)
+            self._cache[window, context] = self._encode(sample, context, statistics=without(self.statistics, sample))
         return self._cache[window, context]
 
-    def _encode(self, sample: Sample, context: int) -> Tokens:
-        return self.tokenizer.encode(sample, num_context=context, leads=self.spec.leads, statistics=self.statistics)
+    def _encode(self, sample: Sample, context: int, *, statistics: Mapping[str, ChannelStatistics]) -> Tokens:
+        return self.tokenizer.encode(sample, num_context=context, leads=self.spec.leads, statistics=statistics)
 
 
 def _chunks(

@@ -17,11 +17,13 @@ from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.reading import demand, describe_reading, reading
+from sci_tokenizers.masked import tubes
 from sci_tokenizers.sample import Modality
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 _WIDEST = 1024  # of the matrix product that is measured
+_DRAWN = 16  # masked documents whose hidden tokens are counted
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
 
@@ -196,24 +198,44 @@ def document_work(
 ) -> Work:
     """What a document of a source gives the model to do, in the mean over its numbers of context frames.
 
-    A grid's neighbourhoods are counted as those of a region, at whose sides some are smaller than around the globe.
+    A grid's neighbourhoods are counted as those of a region, at whose sides some are smaller than around the globe. The
+    share of masked documents sees later frames too, and asks for what it hides, the mean of a few draws.
     """
     slots, variables = make_tokenizer(modality, settings).num_slots(shape), 1 if modality == "series" else shape[0]
-    first, last = entry.context_frames
-    asked = [max(0, entry.frames - lead - context + 1) for context in range(first, last + 1) for lead in entry.leads]
-    units = slots * sum(asked) / (last - first + 1)
-    wide = near = document_pairs(entry.frames, slots)
+    tiles = None
     if modality == "grid" and radius is not None:
         rows, columns = (-(-size // settings.grid_patch) for size in shape[1:])
         row, column = np.divmod(np.arange(rows * columns), columns)
-        near = document_pairs(entry.frames, slots, tiles=tiles_of(row, column, period=0, radius=radius))
+        tiles = tiles_of(row, column, period=0, radius=radius)
+
+    def mean(ahead: float, masked: float) -> float:
+        return (1.0 - entry.masked) * ahead + entry.masked * masked
+
+    pairs = (document_pairs(entry.frames, slots, causal=causal) for causal in (True, False))
+    near = (document_pairs(entry.frames, slots, causal=causal, tiles=tiles) for causal in (True, False))
+    units = mean(_asked_ahead(entry, slots), _hidden(entry, slots) if entry.masked else 0.0)
     return Work(
         positions=entry.frames * slots,
         tokens=entry.frames * slots,
-        wide_pairs=wide,
-        near_pairs=near,
+        wide_pairs=mean(*pairs),
+        near_pairs=mean(*near),
         payloads={modality: PayloadWork(rows=entry.frames * slots * variables, units=units, answers=units * variables)},
     )
+
+
+def _asked_ahead(entry: MixtureEntry, slots: int) -> float:
+    """Units of a next-frame document."""
+    first, last = entry.context_frames
+    asked = [max(0, entry.frames - lead - context + 1) for context in range(first, last + 1) for lead in entry.leads]
+    return slots * sum(asked) / (last - first + 1)
+
+
+def _hidden(entry: MixtureEntry, slots: int) -> float:
+    """Units of a masked document: its hidden tokens."""
+    first, last = entry.context_frames
+    contexts = [first + key % (last - first + 1) for key in range(_DRAWN)]
+    drawn = [tubes(entry.frames, slots, num_context=context, key=key) for key, context in enumerate(contexts)]
+    return float(np.mean([hidden.sum() for hidden in drawn]))
 
 
 def _matmul_rate(width: int, tokens: int, *, threads: int) -> float:

@@ -71,7 +71,7 @@ class Payload:
         unit_lower: float32 (U, V, K), scaled bound below which an asked value cannot lie, -inf where there is none;
             (U, V, 0) where no document of the batch has a bounded variable, and for series (they have the pile).
         unit_lead: int64 (U,), frames ahead.
-        unit_weight: float32 (U,), importance of the document / its leads, 0 where nothing is valid.
+        unit_weight: float32 (U,), importance of the document / its leads x the mean weight of its valid values.
         question: float32 (U, len(QUESTION_FEATURES)).
         hidden_values, hidden_valid, hidden_weight: (H, V, K), what masked documents hide; `unit_target` counts them
             after the N tokens, and their units have lead 0. H = 0 without masked documents.
@@ -223,8 +223,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
         frames = tokens.num_context if context_only else tokens.num_frames
         count = frames * tokens.num_slots
         flat = _flatten(tokens, frames, width=width)
-        units = _units(tokens, context_only=context_only)
-        origin, target, lead, slot, valid = units
+        origin, target, lead, slot = _units(tokens, context_only=context_only)
         which = np.searchsorted(tokens.leads, lead) if tokens.anchor.shape[-1] > 1 else np.zeros(len(lead), np.int64)
         flat |= {
             "unit_anchor": _wide(tokens.anchor[origin, slot, :, :, which], width, fill=0.0),
@@ -236,7 +235,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             if not context_only
             else np.zeros(len(lead), np.int64),
             "unit_lead": lead,
-            "unit_weight": (tokens.importance * valid / len(tokens.leads)).astype(np.float32),
+            "unit_weight": _unit_weight(tokens, target, slot=slot),
             **_hidden(tokens, width),
             "question": np.stack(
                 [
@@ -248,7 +247,7 @@ def _payload(parts: Sequence[tuple[int, Tokens]], *, context_only: bool) -> Payl
             ).astype(np.float32),
         }
         if tokens.masked is not None:
-            flat |= _asked_hidden(tokens, origin, slot=slot, first=found)
+            flat["unit_target"] = found + np.arange(len(origin))
             found += len(origin)
         for name, array in flat.items():
             fields.setdefault(name, []).append(array)
@@ -312,8 +311,8 @@ def _log_level(tokens: Tokens) -> np.ndarray:
     return tokens.log_level if tokens.log_level is not None else np.full(tokens.variable.shape, np.nan, np.float32)
 
 
-def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(origin frame, target frame, lead, slot, valid) of every question of a document.
+def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(origin frame, target frame, lead, slot) of every question of a document.
 
     Origins start at the last context frame, since the scales know all frames before it.
     """
@@ -324,8 +323,7 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
                 "the context; encode the sample with its tokenizer instead of masked_tokens"
             )
         origin, slot = np.nonzero(tokens.masked.hidden)
-        answered = np.asarray(tokens.masked.valid.any(axis=(2, 3)))
-        return origin, origin, np.zeros_like(origin), slot, answered[origin, slot]
+        return origin, origin, np.zeros_like(origin), slot
     last = tokens.num_context - 1
     origins = np.array([last]) if context_only else np.arange(last, tokens.num_frames)
     origin, lead = np.meshgrid(origins, np.array(tokens.leads), indexing="ij")
@@ -334,9 +332,17 @@ def _units(tokens: Tokens, *, context_only: bool) -> tuple[np.ndarray, np.ndarra
     origin, lead = origin[inside], lead[inside]
     origin, lead = np.repeat(origin, tokens.num_slots), np.repeat(lead, tokens.num_slots)
     slot = np.tile(np.arange(tokens.num_slots), inside.sum())
-    target = origin + lead
-    answered = np.asarray((tokens.valid & (tokens.weight > 0)).any(axis=(2, 3)))
-    return origin, target, lead, slot, answered[target, slot]
+    return origin, origin + lead, lead, slot
+
+
+def _unit_weight(tokens: Tokens, target: np.ndarray, *, slot: np.ndarray) -> np.ndarray:
+    """Mean weight of the values that are there, float32 (U,), so that a value counts by its area wherever it lies.
+
+    A patch at a pole or on a coast counts less than one that is full, which counts 1 on average.
+    """
+    valid, leads = (tokens.valid, len(tokens.leads)) if tokens.masked is None else (tokens.masked.valid, 1)
+    worth = (tokens.weight[slot] * valid[target, slot]).mean(axis=(1, 2))
+    return np.asarray(tokens.importance * worth / leads, np.float32)
 
 
 def _log_ahead(tokens: Tokens, origin: np.ndarray, *, target: np.ndarray) -> np.ndarray:
@@ -356,16 +362,4 @@ def _hidden(tokens: Tokens, width: int) -> dict[str, np.ndarray]:
         "hidden_values": _wide(tokens.masked.truth[frame, slot], width, fill=0.0),
         "hidden_valid": _wide(tokens.masked.valid[frame, slot], width, fill=False),
         "hidden_weight": _wide(tokens.weight[slot], width, fill=0.0),
-    }
-
-
-def _asked_hidden(tokens: Tokens, frame: np.ndarray, *, slot: np.ndarray, first: int) -> dict[str, np.ndarray]:
-    """Targets and weights of a masked document's units: a hidden value weighs what it is worth, so a token counts by
-    its share of valid values.
-    """
-    assert tokens.masked is not None
-    weight = (tokens.weight[slot] * tokens.masked.valid[frame, slot]).mean(axis=(1, 2))
-    return {
-        "unit_target": first + np.arange(len(frame)),
-        "unit_weight": (tokens.importance * weight).astype(np.float32),
     }

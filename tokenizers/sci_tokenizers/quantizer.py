@@ -7,7 +7,7 @@ import numpy as np
 PAD, EOS = 0, 1
 _NUM_SPECIAL = 2
 _BEYOND = np.float32(1e20)  # Chronos' outermost boundaries: what lies below has the last of the special ids
-_BLOCK = 32768  # values at a time: they and their scratch stay in a core's cache
+_BLOCK = 2**17  # values at a time: they and their scratch stay in the cache, and calls of numpy cost little beside them
 _LANES, _UNROLLED, _LEVELS = 8, 4, 4  # how torch sums a row of float32 (see `row_sums`)
 _MOST_IDS, _LIMITS = 2**18, (1e-30, 1e19)
 
@@ -20,9 +20,8 @@ class _Room:
     """Scratch for a block of values of one shape."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.scaled, self.place = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        self.guess, self.index = np.empty(shape, np.int32), np.empty(shape, np.intp)
-        self.above = np.empty(shape, bool)
+        self.scaled, self.place, self.floor = (np.empty(shape, np.float32) for _ in range(3))
+        self.near = np.empty(shape, bool)
 
 
 class Quantizer:
@@ -33,7 +32,7 @@ class Quantizer:
     and below -1e20 the id is 2.
 
     Args:
-        num_ids: all ids, at most 2**18, so that float32 arithmetic misses a bin by no more than one.
+        num_ids: all ids, at most 2**18, so that float32 arithmetic misses a place by at most an eighth.
         limit: centre of the last bin, within 1e-30 and 1e19.
 
     Raises:
@@ -56,8 +55,10 @@ class Quantizer:
         self._upper = np.concatenate([nothing, [-_BEYOND], between, nothing[:1]])
         self._centre = np.concatenate([np.full(_NUM_SPECIAL + 1, centres[0]), centres])
         self._per_unit = np.float32(1.0 / self.width)
-        # The boundary below id k is at k here; a quarter less, and rounding never guesses too high an id.
-        self._first = np.float32(limit / self.width + _NUM_SPECIAL + 1 + 0.5 - 0.25)
+        # Places are counted in ids, and the boundary below id k is `error` above k: eight roundings, each at most half
+        # of a last digit of num_ids, are more than there are between a value and its place.
+        error = 8 * num_ids * 2.0**-24
+        self._first, self._near = np.float32(limit / self.width + _NUM_SPECIAL + 1.5 + error), np.float32(2.0 * error)
 
     def ids(self, scaled: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Ids int32 of scaled values (counted as float32); PAD where not valid."""
@@ -68,18 +69,21 @@ class Quantizer:
         return np.where(valid, found, np.int32(PAD))
 
     def _arithmetic(self, scaled: np.ndarray, room: _Room, *, out: np.ndarray) -> None:
-        """Ids of float32 values into `out`: where the bin must be by its width, then one look at its upper boundary.
+        """Ids of float32 values into `out`: the bin is known by its width, but for a few values near a boundary, whose
+        side of it is looked up.
 
         NaN has some id: the caller sets another.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             place = np.multiply(scaled, self._per_unit, out=room.place)
             place += self._first
-            np.clip(place, np.float32(_NUM_SPECIAL), np.float32(self.num_ids - 1), out=place)
-            np.copyto(room.guess, place, casting="unsafe")
-            np.copyto(room.index, room.guess)
-            np.take(self._upper, room.index, mode="clip", out=place)
-            np.add(room.guess, np.greater_equal(scaled, place, out=room.above), out=out)
+            # What lies below the first bin is near the boundary -1e20; what lies above the last is near none.
+            np.clip(place, np.float32(_NUM_SPECIAL + 1), np.float32(self.num_ids - 0.5), out=place)
+            np.copyto(out, place, casting="unsafe")
+            place -= np.floor(place, out=room.floor)
+            near = np.less(place, self._near, out=room.near)
+            below = out[near] - 1
+            out[near] = below + (scaled[near] >= self._upper[below])
 
     def centres(self, ids: np.ndarray) -> np.ndarray:
         """The centre of each id's bin, float32; special ids give the first centre (mask them)."""
@@ -87,9 +91,11 @@ class Quantizer:
         return centre
 
     def _refuse_unknown(self, ids: np.ndarray) -> None:
-        # As unsigned numbers negative ids are the largest: one pass finds both.
-        if ids.size and ids.view(f"u{ids.itemsize}").max() >= self.num_ids:
-            wrong = ids[(ids < 0) | (ids >= self.num_ids)]
+        # All bits together are negative where an id is, and no less than the largest: mostly one fast pass is enough.
+        if 0 <= np.bitwise_or.reduce(ids, axis=None) < self.num_ids:
+            return
+        wrong = ids[(ids < 0) | (ids >= self.num_ids)]
+        if wrong.size:
             raise QuantizerError(
                 f"ids are 0 to {self.num_ids - 1}, got {wrong[0]} (and {len(wrong) - 1} more near it); were they made "
                 "by a quantizer with more ids?"
@@ -190,7 +196,7 @@ class ChronosQuantizer:
         for start in range(0, len(flat), many):
             part = slice(start, start + many)
             self.bins._refuse_unknown(flat[part])
-            np.take(self.bins._centre, flat[part], mode="clip", out=values[part])
+            np.take(self.bins._centre, flat[part], mode="wrap", out=values[part])  # the fastest; none is out of range
             with np.errstate(over="ignore", invalid="ignore"):
                 values[part] *= scale[part, None]
         return values.reshape(ids.shape)

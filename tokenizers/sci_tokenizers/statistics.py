@@ -37,11 +37,16 @@ class CellClimatology:
 
     Attributes:
         place: int64 (cell,), ascending, of `place_number`.
-        coefficients: float32 (cell, 1 + 2 num_year + 2 num_day) of `harmonics`.
+        coefficients: float (cell, 1 + 2 num_year + 2 num_day) of `harmonics`.
+        products: (pattern, coefficient, coefficient), the sum of products of `harmonics` over the values that a cell's
+            coefficients were fitted to, once for all cells seen at the same times; None in stores of earlier versions.
+        pattern: int64 (cell,), rows of `products`.
     """
 
     place: np.ndarray
     coefficients: np.ndarray
+    products: np.ndarray | None = None
+    pattern: np.ndarray | None = None
 
     def at(self, latitude: np.ndarray, longitude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients (Y, X, coefficient) of the cells at these places (Y, X), and which are known (Y, X)."""
@@ -71,6 +76,7 @@ class ChannelStatistics:
         climatology: coefficients of `harmonics`, least squares over the training split.
         minimum, maximum: extremes seen.
         cells: the climatology of each cell of a grid with a cycle; None elsewhere.
+        products: (coefficient, coefficient) of `climatology`, as in `CellClimatology`.
         prior: the linear forecast fitted for a run's leads; None until a run has fitted it.
     """
 
@@ -84,6 +90,7 @@ class ChannelStatistics:
     minimum: float
     maximum: float
     cells: CellClimatology | None = None
+    products: tuple[tuple[float, ...], ...] | None = None
     prior: LinearPrior | None = None
 
     def climatology_at(self, year_phase: np.ndarray, day_phase: np.ndarray) -> np.ndarray:
@@ -110,6 +117,8 @@ class ChannelStatistics:
             # float32 in its shortest digits
             cells = [[float(str(number)) for number in cell] for cell in self.cells.coefficients]
             row["cells"] = {"place": self.cells.place.tolist(), "coefficients": cells}
+            if self.cells.products is not None and self.cells.pattern is not None:
+                row["cells"] |= {"products": self.cells.products.tolist(), "pattern": self.cells.pattern.tolist()}
         row["prior"] = self.prior.to_json() if self.prior is not None else None
         return row
 
@@ -117,13 +126,18 @@ class ChannelStatistics:
     def from_json(cls, data: dict[str, Any]) -> ChannelStatistics:
         """The inverse of `to_json`."""
         cells, prior = data["cells"], data["prior"]
+        products = data.get("products")
         known = {
             "climatology": tuple(data["climatology"]),
+            "products": None if products is None else tuple(map(tuple, products)),
             "prior": LinearPrior.from_json(prior) if prior is not None else None,
             "cells": None
             if cells is None
             else CellClimatology(
-                place=np.asarray(cells["place"], np.int64), coefficients=np.asarray(cells["coefficients"], np.float32)
+                place=np.asarray(cells["place"], np.int64),
+                coefficients=np.asarray(cells["coefficients"], np.float32),
+                products=np.asarray(cells["products"]) if "products" in cells else None,
+                pattern=np.asarray(cells["pattern"], np.int64) if "pattern" in cells else None,
             ),
         }
         return cls(**{**data, **known})
