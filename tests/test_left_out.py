@@ -119,10 +119,11 @@ def test_a_trend_does_not_pass_for_a_season() -> None:
     assert 3 * np.abs(season[1] - season[0]).max() < np.abs(season[2] - season[0]).max()
 
 
-def test_a_window_that_is_most_of_the_split_leaves_the_climatology_as_it_is() -> None:
-    """What remains, four months of one season, does not tell a year."""
+@pytest.mark.parametrize("left", [4, 0])
+def test_a_window_that_is_most_of_the_split_leaves_the_climatology_as_it_is(left: int) -> None:
+    """What remains, four months of one season, does not tell a year, and nothing tells nothing."""
     whole = monthly("grid", months=40)
-    window = whole.window(0, 36)
+    window = whole.window(0, 40 - left)
     statistics = fitted(whole)
     found = without(statistics, window)
     np.testing.assert_allclose(

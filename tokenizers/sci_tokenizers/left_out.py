@@ -11,7 +11,8 @@ from sci_tokenizers.sample import Sample
 from sci_tokenizers.statistics import CellClimatology, ChannelStatistics, harmonics, place_number
 from sci_tokenizers.variables import forward_transform
 
-_WORST_CONDITION = 1e3  # of the normal equations of what remains; a cycle seen in part has far more
+# Of the normal equations of what remains: a cycle that is seen in part has a far worse condition.
+_WORST_CONDITION, _PER_COEFFICIENT = 1e3, 3
 
 
 def without(statistics: Mapping[str, ChannelStatistics], sample: Sample) -> dict[str, ChannelStatistics]:
@@ -103,8 +104,9 @@ def _refit(
     seen = valid[:, first].astype(np.float64)
     left = products[pattern[first]] - np.einsum("tc,ti,tj->cij", seen, design, design, optimize=True)
     spectrum = np.linalg.eigvalsh(left)
-    sound = spectrum[:, 0] * _WORST_CONDITION > spectrum[:, -1]
-    inverse = np.linalg.inv(np.where(sound[:, None, None], left, np.eye(len(design[0]))))
+    rest = products[pattern[first], 0, 0] - seen.sum(axis=0)
+    sound = (spectrum[:, 0] * _WORST_CONDITION > spectrum[:, -1]) & (rest >= _PER_COEFFICIENT * design.shape[1])
+    inverse = np.linalg.inv(np.where(sound[:, None, None], left, np.eye(design.shape[1])))
     less = np.einsum("cij,cj->ci", inverse[group], shape.T @ design)
     less[:, 0] += count * level / np.maximum(products[pattern, 0, 0] - count, 1.0)
     return np.asarray(coefficients - np.where(sound[group][:, None], less, 0.0))
