@@ -26,7 +26,7 @@ from house_tree import FILES, FOLDERS, PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"name", "file", "old", "new", "test"}
-WORKERS, SECONDS = 2, 120.0
+WORKERS, SECONDS = 2, 300.0
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "hypothesis", "pandas", "xarray", "scipy.signal", "torch", "matplotlib"])
 # Prints where Python finds the packages: it must be the copy, whatever is installed beside it.
