@@ -233,20 +233,37 @@ class ScheduleConfig(Node):
 
 
 class ParallelConfig(Node):
-    """The layout of a run on this machine; `threads_per_process` compute, and as many read ahead; the backward pass
-    computes nothing of a layer again, all but matrix products and attention (selective), or all (full)."""
+    """The layout of a run: `processes` in all, divided into tensor x sequence groups, each of which takes a share of
+    the rows; `threads_per_process` compute, and as many read ahead; the backward pass computes nothing of a layer
+    again, all but matrix products and attention (selective), or all (full); `offload` keeps the optimizer, or all
+    weights too, in the host's memory; `extra_deepspeed` is passed on."""
 
     processes: int = Field(default=1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    sequence_parallel: int = Field(default=1, ge=1)
     threads_per_process: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
     accumulation: int = Field(default=1, ge=1)
     dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    extra_deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of processes that each take a share of the rows."""
+        return self.processes // (self.tensor_parallel * self.sequence_parallel)
 
     @model_validator(mode="after")
     def _works(self) -> Self:
         if self.dtype == "bf16" and self.zero_stage == 0:
             raise ValueError("dtype bf16 with zero_stage 0 gives a wrong gradient norm in DeepSpeed; use zero_stage 1")
+        group = self.tensor_parallel * self.sequence_parallel
+        if self.processes % group:
+            raise ValueError(
+                f"processes must be a multiple of tensor_parallel x sequence_parallel, got {self.processes} and "
+                f"{self.tensor_parallel} x {self.sequence_parallel} = {group}"
+            )
         return self
 
 

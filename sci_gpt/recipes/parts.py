@@ -69,7 +69,7 @@ def packing(config: PretrainConfig, phase: Phase, *, corpus: Corpus) -> dict[str
         corpus,
         rows=phase.rows,
         row_length=phase.row_length,
-        ranks=config.parallel.processes,
+        ranks=config.parallel.data_parallel,
         accumulation=config.parallel.accumulation,
     )
 
@@ -103,15 +103,21 @@ def parallel_plan(config: PretrainConfig) -> ParallelPlan:
     """The layout.
 
     Raises:
-        ConfigError: a layout that gives wrong numbers (bf16 at ZeRO 0).
+        ConfigError: a layout that gives wrong numbers (bf16 at ZeRO 0), or one that cannot divide the model.
     """
     parallel = config.parallel
-    return ParallelPlan(
-        data_parallel=parallel.processes,
+    plan = ParallelPlan(
+        data_parallel=parallel.data_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+        tensor_parallel=parallel.tensor_parallel,
         zero_stage=parallel.zero_stage,
+        offload=parallel.offload,
         accumulation=parallel.accumulation,
         dtype=parallel.dtype,
+        extra_deepspeed=parallel.extra_deepspeed,
     )
+    plan.check_model(model_shape(config))
+    return plan
 
 
 def adamw_settings(config: PretrainConfig) -> AdamWSettings:
@@ -138,8 +144,9 @@ def patience(config: PretrainConfig) -> Patience:
 
 
 def place(config: PretrainConfig, *, rank: int) -> Place:
-    """A rank's place in the layout."""
-    return Place(rank=rank, world=config.parallel.processes, accumulation=config.parallel.accumulation)
+    """A rank's place among those that share the rows; ranks of one tensor or sequence group stand at the same."""
+    plan = parallel_plan(config)
+    return Place(rank=plan.position(rank).data, world=plan.data_parallel, accumulation=plan.accumulation)
 
 
 def identity(config: PretrainConfig, store: Store) -> dict[str, Any]:
