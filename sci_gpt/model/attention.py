@@ -48,6 +48,11 @@ class Reach:
     last_frames: Tensor
     flex: FlexReach | None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(group.index.numel() for group in (*self.groups, *(near.group for near in self.near)))
+
     @classmethod
     def of(cls, inputs: ModelInputs, *, radius: int | None = None) -> Reach:
         """The reach of a layer.

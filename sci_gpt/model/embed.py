@@ -39,13 +39,14 @@ class FourierFeatures(nn.Module):
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
         self.names = names
-        frequency = torch.zeros(len(names), _HARMONICS)
-        linear = torch.zeros(len(names))
+        # Constants are computed where they are, also for a model whose parameters have no memory yet.
+        frequency = torch.zeros(len(names), _HARMONICS, device="cpu")
+        linear = torch.zeros(len(names), device="cpu")
         for i, name in enumerate(names):
             if name in _PERIOD:
-                frequency[i] = torch.arange(1, _HARMONICS + 1) * (2 * math.pi / _PERIOD[name])
+                frequency[i] = torch.arange(1, _HARMONICS + 1, device="cpu") * (2 * math.pi / _PERIOD[name])
             else:
-                frequency[i] = torch.tensor(_WAVES) / _SPAN.get(name, 1.0)
+                frequency[i] = torch.tensor(_WAVES, device="cpu") / _SPAN.get(name, 1.0)
                 linear[i] = 0.1 / _SPAN.get(name, 1.0)
         self.register_buffer("frequency", frequency, persistent=False)
         self.register_buffer("linear", linear, persistent=False)

@@ -270,9 +270,9 @@ class MixtureHead(nn.Module):
         ]
         self.num_leaning = len(MEMORIES) + len(HORIZONS)  # as in `GaussianHead`
         self.head = Head(width, num_variables, outputs=sum(self.sizes), output_scale=output_scale)
-        start = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
+        start = torch.linspace(-0.5, 0.5, components, device="cpu") if components > 1 else torch.zeros(1, device="cpu")
         self.register_buffer("start", start, persistent=False)
-        self.register_buffer("pile_start", torch.tensor(_PILE_START), persistent=False)
+        self.register_buffer("pile_start", torch.tensor(_PILE_START, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor, payload: PayloadInputs) -> MixturePrediction:
         """(N, width) to (U, 1 + components) predictions (a series token holds one value)."""

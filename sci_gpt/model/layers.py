@@ -54,10 +54,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape."""
-        if _step_by_step(x) and x.dtype == self.weight.dtype == torch.float32:
-            normed: Tensor = _Norm.apply(x, self.weight)
+        return self.normed(x, self.weight)
+
+    @staticmethod
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        """x (..., width) / rms(x) * weight (width)."""
+        if _step_by_step(x) and x.dtype == weight.dtype == torch.float32:
+            normed: Tensor = _Norm.apply(x, weight)
             return normed
-        return F.rms_norm(x, (x.shape[-1],), self.weight, eps=_EPSILON)
+        return F.rms_norm(x, (x.shape[-1],), weight, eps=_EPSILON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +135,20 @@ class Held(Protocol):
         """Keep k and v; what q, of one more frame, attends to; None where k and v are the first (attend as usual)."""
 
 
+class Mix(Protocol):
+    """Attention of all tokens of a batch, as `attention.attend`."""
+
+    def __call__(self, q: Tensor, k: Tensor, *, v: Tensor, reach: Reach, pieces: int = 1) -> Tensor:
+        """(T, heads, head_width) of each to the same."""
+
+
 class Block(nn.Module):
     """Pre-norm attention with normalised queries and keys, then SwiGLU (Shazeer 2020)."""
 
     def __init__(self, shape: ModelShape, *, noise: int = 0) -> None:
         super().__init__()
         self.heads = shape.heads
+        self.mix: Mix = attend  # where tokens are divided among processes: what brings them together
         self.attention_norm = RMSNorm(shape.width)
         self.query = nn.Linear(shape.width, shape.width, bias=False)
         self.key = nn.Linear(shape.width, shape.width, bias=False)
@@ -178,7 +191,7 @@ class Block(nn.Module):
         if held is not None and (kept := held.mix(q, k, v=v)) is not None:
             mixed = kept
         elif asked is None:
-            mixed = attend(q, k, v=v, reach=reach, pieces=pieces)
+            mixed = self.mix(q, k, v=v, reach=reach, pieces=pieces)
         else:
             mixed = attend_last(q, k, v=v, reach=reach)
         x = (x if asked is None else x[asked]) + self.output(rearrange(mixed, "t h c -> t (h c)"))

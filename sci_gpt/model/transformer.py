@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -81,6 +82,9 @@ class SciGPT(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(shape, noise=settings.noise.width) for _ in range(shape.layers))
         self.norm = RMSNorm(width)
+        # Where the trunk's tokens are divided among processes: to those of this one, and back to all.
+        self.scatter: Callable[[Tensor], Tensor] = _whole
+        self.gather: Callable[[Tensor], Tensor] = _whole
         self.heads = nn.ModuleDict(_heads(width, settings, values=values))
 
     def forward(
@@ -95,11 +99,14 @@ class SciGPT(nn.Module):
             cache: keys and values of the documents' earlier frames; those of the batch are added.
 
         Raises:
-            ValueError: `last_frames`, but a unit asks another frame.
+            ValueError: `last_frames`, but a unit asks another frame; `last_frames` or a cache where tokens are divided
+                among processes, which is for training.
             ConfigError: a cache, and a document of which a layer's tokens see a neighbourhood alone.
         """
         if last_frames:
             _check_asked(inputs)
+        if (last_frames or cache is not None) and self.scatter is not _whole:
+            raise ValueError("last_frames and cache need all tokens on one process; load the checkpoint without a plan")
         if (inputs.noise is not None) != bool(self.settings.noise.width):
             came = "without noise" if inputs.noise is None else "with noise"
             raise ValueError(
@@ -132,7 +139,9 @@ class SciGPT(nn.Module):
                 inputs.repeated(copies),
             )
         order, laid = inputs.by_document()
-        x, rotary, z = x[order], Rotary.of(laid, self.shape.head_width), None if z is None else z[order]
+        phase = Rotary.of(laid, self.shape.head_width).phase
+        x, rotary = self.scatter(x[order]), Rotary(phase=self.scatter(phase))
+        z = None if z is None else self.scatter(z[order])
         wide, radius = Reach.of(laid), self.settings.radius
         near = wide if radius is None else Reach.of(laid, radius=radius)
         asked, pieces = (laid.last_frames, _PIECES) if last_frames else (None, 1)
@@ -143,7 +152,7 @@ class SciGPT(nn.Module):
             layer = partial(block, rotary=rotary, reach=reach, asked=only, pieces=pieces, noise=z, held=held)
             x = run_layer(layer, x, checkpointing=self.checkpointing)
         known = order if asked is None else order[asked]
-        x = self.norm(x)  # float32 under autocast on a GPU
+        x = self.gather(self.norm(x))[: len(known)]  # float32 under autocast on a GPU
         return x.new_zeros(len(inputs.frame), x.shape[1]).index_copy(0, known, x)
 
     def members(self, x: Tensor, inputs: ModelInputs) -> dict[str, Prediction]:
@@ -220,7 +229,12 @@ def _check_asked(inputs: ModelInputs) -> None:
             )
 
 
-def build_model(shape: ModelShape, settings: ModelSettings) -> SciGPT:
-    """A model whose parameters are allocated but not drawn (see `init.initialize`)."""
-    with torch.device("cpu"):
+def _whole(x: Tensor) -> Tensor:
+    return x
+
+
+def build_model(shape: ModelShape, settings: ModelSettings, *, device: str = "cpu") -> SciGPT:
+    """A model whose parameters are allocated but not drawn (see `init.initialize`); on the device "meta" they take no
+    memory, and the buffers, which are constants, are there (see `parallel.weights.place`)."""
+    with torch.device(device):
         return SciGPT(shape, settings)

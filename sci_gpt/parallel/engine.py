@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.world import World
 
@@ -39,7 +40,7 @@ class StepOutcome:
 class Engine:
     """A model cut as the plan says. The model itself is single-device code and does not know it.
 
-    Owns the optimizer. Private names of DeepSpeed stand in this file and in train/fragments.py only.
+    Owns the optimizer. Private names of DeepSpeed stand in this file, weights.py and train/fragments.py only.
 
     Args:
         model: single-device code.
@@ -47,9 +48,11 @@ class Engine:
         optimizer: of every parameter.
         world: the processes.
         rate_factors: by parameter name, what its learning rate is multiplied by; 1 where not named.
+        groups: of the plan, with which the model was cut (`weights.place`); None: nothing is cut but by ZeRO.
 
     Raises:
-        ValueError: a parameter without dimensions, or a factor of one that is not there.
+        ValueError: a parameter without dimensions, a factor of one that is not there, or a plan with tensor or
+            sequence axes without its groups.
     """
 
     def __init__(
@@ -60,12 +63,15 @@ class Engine:
         optimizer: AdamWSettings,
         world: World,
         rate_factors: Mapping[str, float] = MappingProxyType({}),
+        groups: Groups | None = None,
     ) -> None:
         # Imported here, after World.start has chosen DeepSpeed's accelerator.
         import deepspeed
 
         plan.check(world.size)
-        self.plan, self.world, self._clip = plan, world, optimizer.clip
+        self.plan, self.world, self.groups, self._clip = plan, world, groups, optimizer.clip
+        if groups is None and plan.data_parallel != plan.world_size:
+            raise ValueError("a plan with tensor or sequence axes needs the groups with which the model was cut")
         for name, parameter in model.named_parameters():
             if parameter.dim() == 0:
                 raise ValueError(f"parameter {name!r} has no dimension, which DeepSpeed cannot cut: give it shape (1,)")
@@ -80,11 +86,15 @@ class Engine:
         # DeepSpeed's bf16 optimizer prints its memory on stdout, where progress lines are.
         with contextlib.redirect_stdout(sys.stderr):
             self.deepspeed: Any = deepspeed.initialize(
-                model=model, config=config, optimizer=adam, dist_init_required=False
+                model=model,
+                config=config,
+                optimizer=adam,
+                dist_init_required=False,
+                mpu=groups if plan.data_parallel != plan.world_size or plan.zero_stage == 3 else None,
             )[0]
         self.adam = adam
         for name, buffer in self.module.named_buffers():  # bf16 has rounded them: frequencies of places and times
-            buffer.data = buffers[name].to(buffer.device)
+            buffer.data = buffers[name].to(world.device)
 
     @property
     def module(self) -> nn.Module:

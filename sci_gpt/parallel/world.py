@@ -24,12 +24,14 @@ class World:
         rank, size: this process's number and how many there are.
         device: where the model lives.
         agreement_group: gloo group for host values (the default group itself on CPU).
+        timeout_seconds: how long a collective waits for a lost rank before it raises.
     """
 
     rank: int
     size: int
     device: torch.device
     agreement_group: Any = field(default=None, repr=False)
+    timeout_seconds: float = 600.0
 
     @classmethod
     def start(cls, *, threads: int = 1, timeout_seconds: float = 600.0) -> World:
@@ -52,11 +54,17 @@ class World:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _init_deepspeed(rank=rank, size=size, gpu=gpu, timeout_seconds=timeout_seconds)
         if not gpu:
-            return cls(rank=rank, size=size, device=torch.device("cpu"))
+            return cls(rank=rank, size=size, device=torch.device("cpu"), timeout_seconds=timeout_seconds)
         local = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local)
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        return cls(rank=rank, size=size, device=torch.device("cuda", local), agreement_group=group)
+        return cls(
+            rank=rank,
+            size=size,
+            device=torch.device("cuda", local),
+            agreement_group=group,
+            timeout_seconds=timeout_seconds,
+        )
 
     def sum(self, values: list[float]) -> list[float]:
         """Elementwise sum over all ranks of float64 numbers; the same on every rank, bit for bit.

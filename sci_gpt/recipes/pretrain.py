@@ -16,10 +16,11 @@ from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.splits import check_window
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError
-from sci_gpt.model.init import initialize
 from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.width import rate_factors
 from sci_gpt.parallel.engine import Engine
+from sci_gpt.parallel.groups import Groups
+from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.worker import refusing
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
@@ -58,13 +59,15 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     world = World.start(threads=config.parallel.threads_per_process)
-    initialize(model, config.seed)
+    groups = Groups.join(plan, world)
+    place(model, groups, world=world, seed=config.seed)
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
     adamw = parts.adamw_settings(config)
-    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rate_factors(model))
+    rates = rate_factors(model)
+    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rates, groups=groups)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))
     with ExitStack() as stack:
@@ -105,7 +108,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
 
 
 def _model(config: PretrainConfig) -> SciGPT:
-    model = build_model(parts.model_shape(config), parts.model_settings(config))
+    model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
     model.checkpointing = config.parallel.activation_checkpointing
     return model
 
@@ -178,7 +181,10 @@ def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters
     for source, cost in costs.items():
         listed = ", ".join(f"{count} {rule}" for rule, count in cost.items())
         facts.append(f"windows of {source} left out: {listed}")
-    facts.append(f"{config.parallel.processes} processes, ZeRO {config.parallel.zero_stage}")
+    plan = parts.parallel_plan(config)
+    axes = {"data": plan.data_parallel, "sequence": plan.sequence_parallel, "tensor": plan.tensor_parallel}
+    layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
+    facts.append(f"{plan.world_size} processes{f' ({layout})' if layout else ''}, ZeRO {plan.zero_stage}")
     print(" | ".join(facts), flush=True)
     if checkpoint is not None:
         print(f"resumes from {checkpoint}", flush=True)

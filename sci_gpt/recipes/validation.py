@@ -12,7 +12,7 @@ from sci_gpt.data.windows import Windows, WindowSpec
 from sci_gpt.model.noise import ENSEMBLE, noisy_inputs
 from sci_gpt.model.skill import batch_scores, skill_lines
 from sci_gpt.parallel.world import World
-from sci_gpt.recipes.parts import model_settings, tokenizer_settings, window_specs
+from sci_gpt.recipes.parts import model_settings, parallel_plan, tokenizer_settings, window_specs
 from sci_tokenizers.packing import Batch, collate
 from sci_tokenizers.table import make_tokenizer
 
@@ -29,7 +29,7 @@ class Validation:
     """
 
     def __init__(self, config: PretrainConfig, store: Store, *, world: World) -> None:
-        self.config, self.store, self.world = config, store, world
+        self.config, self.store, self.world, self.plan = config, store, world, parallel_plan(config)
         self.settings, self.noise = tokenizer_settings(config), model_settings(config).noise
         specs = window_specs(config)
         self.absent = tuple(spec.source for spec in specs if not store.num_stretches(spec.source, "valid"))
@@ -42,15 +42,15 @@ class Validation:
         """{modality: {"loss", "crps", "skill"}}: a collective, called by every rank."""
         sums: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(self.batches):
-            # Every rank runs every batch only where ZeRO 3 makes a forward pass a collective.
-            mine = number % self.world.size == self.world.rank
-            if mine or self.config.parallel.zero_stage == 3:
+            # Every rank runs every batch only where ZeRO 3 makes a forward pass a collective of all.
+            mine = number % self.plan.data_parallel == self.plan.position(self.world.rank).data
+            if mine or self.plan.zero_stage == 3:
                 inputs = noisy_inputs(
                     batch, self.world.device, noise=self.noise, seed=self.config.seed, members=ENSEMBLE
                 )
                 scores = batch_scores(model, inputs, settings=self.settings)  # type: ignore[arg-type]
                 for modality, score in scores.items():
-                    if mine:
+                    if mine and self.plan.is_lead(self.world.rank):
                         sums[modality] = sums.get(modality, torch.zeros_like(score)) + score
         modalities = sorted({name for batch in self.batches for name in batch.payloads})
         flat = [value for name in modalities for value in sums.get(name, torch.zeros(_NUMBERS)).tolist()]

@@ -2,11 +2,14 @@
 
 Private names of deepspeed 0.19.8 (a test fails loudly when they change). "Flat" is the key in the optimizer's state:
 
-    ZeRO 0    the parameter itself, whole on every rank; the data-parallel ranks share the writing
+    ZeRO 0    the parameter itself, whole on every rank; the ranks share the writing
     ZeRO 1/2  one fp32 flat tensor per parameter group; `param._hp_mapping` (None: nothing of it here) has the range in
               the parameter and in the flat tensor; alignment padding is in no mapping, so it is never written
     ZeRO 3    one fp32 flat tensor per sub-group: this rank's piece of each parameter, one after another; a piece has
               ceil(numel / ranks) elements, so the last ones end in padding and are cut by `ds_numel`
+
+"Ranks" are those of the sequence x data group. Under tensor parallelism a parameter is what this rank has of it: its
+slice, or the whole, which the first rank of the tensor group writes for all.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ from torch import Tensor, nn
 
 from sci_gpt.errors import CheckpointError
 from sci_gpt.parallel.engine import Engine
-from sci_gpt.train.checkpoint import MOMENTS, WEIGHT, Reader, tensor_key
+from sci_gpt.parallel.tensor import slice_of
+from sci_gpt.train.checkpoint import MOMENTS, WEIGHT, Reader, Slice, tensor_key
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fragment:
-    """Flat elements [start, start + numel) of `name`; on this rank they lie at flat[offset : offset + numel]."""
+    """Flat elements [start, start + numel) of `name` (of this rank's slice of it); here at flat[offset : offset + numel]."""
 
     name: str
     parameter: nn.Parameter
@@ -67,23 +71,28 @@ def hold(engine: Engine) -> Holding:
     rows: list[list[Any]] = []
     steps: set[float] = set()
     for fragment in _fragments(engine, owned=True):
-        width = _shape(fragment.parameter)[0]
-        rows.append([fragment.name, 0, width, fragment.start, fragment.start + fragment.numel])
-        tensors[tensor_key(fragment.name, WEIGHT, offset=0, start=fragment.start)] = fragment.view(fragment.flat)
+        part = slice_of(fragment.parameter)
+        at, width = (part.offset, part.width) if part else (0, _shape(fragment.parameter)[0])
+        rows.append([fragment.name, at, width, fragment.start, fragment.start + fragment.numel])
+        tensors[tensor_key(fragment.name, WEIGHT, offset=at, start=fragment.start)] = fragment.view(fragment.flat)
         if fragment.parameter.requires_grad:
             state = engine.adam.state.get(fragment.flat, {})  # empty before the first step
             if "step" in state:
                 steps.add(float(state["step"]))
             for kind in MOMENTS:
                 moment = fragment.view(state[kind]) if kind in state else torch.zeros(fragment.numel)
-                tensors[tensor_key(fragment.name, kind, offset=0, start=fragment.start)] = moment
+                tensors[tensor_key(fragment.name, kind, offset=at, start=fragment.start)] = moment
     if len(steps) > 1:
         raise CheckpointError(
             f"Adam's step counters differ between parameters ({sorted(steps)}): every parameter must get a gradient in "
             "every step, so that a checkpoint can be loaded at any layout; look for a module that a step leaves out"
         )
     parameters = {
-        name: {"shape": list(_shape(parameter)), "tp_dim": None, "trainable": parameter.requires_grad}
+        name: {
+            "shape": list(_shape(parameter)),
+            "tp_dim": part.dim if (part := slice_of(parameter)) else None,
+            "trainable": parameter.requires_grad,
+        }
         for name, parameter in engine.module.named_parameters()
     }
     return Holding(tensors=tensors, fragments=rows, parameters=parameters, adam_step=max(steps, default=None))
@@ -112,13 +121,14 @@ def load(engine: Engine, reader: Reader) -> None:
     )
     states = {id(flat): _adam_state(engine, flat, step=reader.adam_step) for flat in flats if flat.requires_grad}
     for fragment in _fragments(engine, owned=False):
-        stop = fragment.start + fragment.numel
-        weight = reader.read(fragment.name, WEIGHT, start=fragment.start, stop=stop)
+        part, stop = slice_of(fragment.parameter), fragment.start + fragment.numel
+        mine = Slice(dim=part.dim, offset=part.offset, width=part.width) if part else None
+        weight = reader.read(fragment.name, WEIGHT, slice_=mine, start=fragment.start, stop=stop)
         fragment.view(fragment.flat).copy_(weight)
         # A parameter that was frozen when saved and trains now starts with moments of zero.
         if fragment.parameter.requires_grad and reader.parameters[fragment.name]["trainable"]:
             for kind in MOMENTS:
-                moment = reader.read(fragment.name, kind, start=fragment.start, stop=stop)
+                moment = reader.read(fragment.name, kind, slice_=mine, start=fragment.start, stop=stop)
                 fragment.view(states[id(fragment.flat)][kind]).copy_(moment)
     _refresh_working_weights(zero, stage)
 
@@ -150,6 +160,8 @@ def _adam_state(engine: Engine, flat: Tensor, *, step: float) -> dict[str, Any]:
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter (at ZeRO 3 `parameter.shape` is (0,))."""
+    if (part := slice_of(parameter)) is not None:
+        return part.shape
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -163,7 +175,11 @@ def _fragments(engine: Engine, *, owned: bool) -> Iterator[Fragment]:
     """What this rank holds; `owned`: only what it must write."""
     stage = engine.plan.zero_stage
     # named_parameters gives a tied parameter once, by its first name: the same at every layout of the same model.
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {
+        parameter: name
+        for name, parameter in engine.module.named_parameters()
+        if not owned or _writes(engine, parameter)
+    }
     if stage in (1, 2):
         yield from _mapped(engine, names)
     elif stage == 3:
@@ -176,12 +192,25 @@ def _fragments(engine: Engine, *, owned: bool) -> Iterator[Fragment]:
             start, numel = _piece(parameter)
             flat, offset = parameter.ds_tensor, 0
         else:
-            rank, size = (engine.world.rank, engine.world.size) if owned else (0, 1)
+            rank, size = _place(engine) if owned else (0, 1)
             start = parameter.numel() * rank // size
             numel = parameter.numel() * (rank + 1) // size - start
             flat, offset = parameter, start
         if numel > 0:
             yield Fragment(name=name, parameter=parameter, start=start, numel=numel, flat=flat, offset=offset)
+
+
+def _writes(engine: Engine, parameter: nn.Parameter) -> bool:
+    """Whether this rank writes of what it holds of a parameter: of one that all of a tensor group have whole, the
+    first."""
+    return engine.groups is None or engine.groups.position.tensor == 0 or slice_of(parameter) is not None
+
+
+def _place(engine: Engine) -> tuple[int, int]:
+    """This rank among those that hold the same slices, and how many they are."""
+    if engine.groups is None:
+        return engine.world.rank, engine.world.size
+    return engine.groups.zero_rank, engine.groups.plan.zero_ranks
 
 
 def _mapped(engine: Engine, names: dict[nn.Parameter, str]) -> Iterator[Fragment]:

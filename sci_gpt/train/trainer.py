@@ -134,6 +134,8 @@ class Trainer:
         self.parts, self.settings = parts, settings
         self.step, self.next_sample = step, next_sample
         self._pending: _Pending | None = None
+        # Of the processes that see the same rows one speaks for all.
+        self._leads = parts.engine.plan.is_lead(parts.engine.world.rank)
         self._broken_in_a_row = 0
         self._saved_step = step
         self._passed_over = 0
@@ -183,7 +185,8 @@ class Trainer:
         self.step += 1
         self.next_sample = rows.next_sample
         self._broken_in_a_row = 0 if outcome.applied or self._weightless(agreement) else self._broken_in_a_row + 1
-        self.parts.journal.consumed(self.step, rows)
+        if self._leads:
+            self.parts.journal.consumed(self.step, rows)
         record = {
             "step": self.step,
             "next_sample": self.next_sample,
@@ -205,8 +208,8 @@ class Trainer:
             for modality, value in self.parts.objective.weights(one).items():
                 weight[modality] = weight.get(modality, 0.0) + value
         return Report(
-            weight=weight,
-            passed_over=rows.passed_over,
+            weight=weight if self._leads else {},
+            passed_over=rows.passed_over if self._leads else 0,
             stop=self.parts.requests.stop,
             save=self.parts.requests.take_save(),
             wait_seconds=waited,
@@ -248,7 +251,7 @@ class Trainer:
         return self._pending is not None and not all(math.isfinite(v) for v in self._pending.sums.values())
 
     def _previous_loss(self) -> dict[str, float]:
-        return self._pending.sums if self._pending and not self._previous_broken() else {}
+        return self._pending.sums if self._leads and self._pending and not self._previous_broken() else {}
 
     def _settle(self) -> None:
         """Exchange the last step's loss now, for whoever needs the record before the next step (a collective)."""
@@ -271,8 +274,9 @@ class Trainer:
         record["losses"] = {m: losses[m] / weight[m] for m in losses if weight.get(m, 0.0) > 0} if finite else {}
         record["weights"] = weight
         if broken:
-            ranks = agreement.previous_broken or tuple(range(len(pending.rows.dealt)))
-            names = [self.parts.name(n) for rank in ranks for n in pending.rows.dealt[rank]]
+            broken_at = {self.parts.engine.plan.position(rank).data for rank in agreement.previous_broken}
+            places = sorted(broken_at) or range(len(pending.rows.dealt))
+            names = [self.parts.name(n) for place in places for n in pending.rows.dealt[place]]
             record["broken_rows"] = names
             if self.parts.engine.world.rank == 0:
                 what = "loss" if agreement.previous_broken else "gradient"
