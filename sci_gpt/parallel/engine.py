@@ -156,7 +156,8 @@ def _groups(model: nn.Module, optimizer: AdamWSettings, *, rate_factors: Mapping
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for matrix in (True, False):
         for name, parameter in trained.items():
-            if (parameter.dim() > 1) is matrix:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # what ZeRO 3 divided has no shape left
+            if (len(shape) > 1) is matrix:
                 factor = rate_factors.get(name, 1.0)
                 decay = optimizer.weight_decay if matrix else 0.0
                 fresh = {

@@ -43,7 +43,7 @@ class Tokens:
         self.group, self.rank, self.size = group, rank, size
 
     def scatter(self, x: Tensor) -> Tensor:
-        """(T, ...) to this process's (ceil(T / size), ...). The gradient is this process's, 0 for the others' tokens."""
+        """(T, ...) to this process's (ceil(T / size), ...); a token's gradient is there on its own process alone."""
         share = -(-len(x) // self.size)
         own = x[self.rank * share : (self.rank + 1) * share]
         missing = share - len(own)

@@ -58,6 +58,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     model = _model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
+    rates = rate_factors(model)
     world = World.start(threads=config.parallel.threads_per_process)
     groups = Groups.join(plan, world)
     place(model, groups, world=world, seed=config.seed)
@@ -66,7 +67,6 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
     adamw = parts.adamw_settings(config)
-    rates = rate_factors(model)
     engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rates, groups=groups)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint))

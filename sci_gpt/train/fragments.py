@@ -30,7 +30,9 @@ from sci_gpt.train.checkpoint import MOMENTS, WEIGHT, Reader, Slice, tensor_key
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fragment:
-    """Flat elements [start, start + numel) of `name` (of this rank's slice of it); here at flat[offset : offset + numel]."""
+    """Flat elements [start, start + numel) of `name`, or of this rank's slice of it; on this rank they lie at
+    flat[offset : offset + numel].
+    """
 
     name: str
     parameter: nn.Parameter
@@ -106,13 +108,13 @@ def load(engine: Engine, reader: Reader) -> None:
         CheckpointError: parameters of other names or shapes, or a damaged file.
     """
     saved = {name: reader.shape(name) for name in reader.parameters}
-    mine = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
-    different = sorted(name for name in saved.keys() | mine.keys() if saved.get(name) != mine.get(name))
+    here = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
     if different:
         name = different[0]
         raise CheckpointError(
             f"{reader.folder} is of another model: {len(different)} parameters differ, such as {name!r}: "
-            f"{saved.get(name, 'absent')} in the checkpoint, {mine.get(name, 'absent')} in the model"
+            f"{saved.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
         )
     zero, stage = engine.deepspeed.optimizer, engine.plan.zero_stage
     # At ZeRO 3 param_groups are empty between steps: step() lends them one sub-group's flat tensor at a time.

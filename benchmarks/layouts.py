@@ -1,0 +1,224 @@
+"""Train the quickstart's real mixed batches at several layouts, in real processes, and give back losses and norms.
+
+Used by parity.py, any_to_any.py and traffic.py, and in short form by the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sci_gpt.config import PretrainConfig
+from sci_gpt.config_file import load_config
+from sci_gpt.data.curriculum import Curriculum
+from sci_gpt.data.store import Store
+from sci_gpt.model.transformer import build_model
+from sci_gpt.model.width import rate_factors
+from sci_gpt.parallel.engine import Engine
+from sci_gpt.parallel.groups import Groups
+from sci_gpt.parallel.weights import place
+from sci_gpt.parallel.world import World
+from sci_gpt.recipes import parts
+from sci_gpt.train import fragments
+from sci_gpt.train.checkpoint import Reader, step_folder
+from sci_gpt.train.commit import CheckpointWriter
+from sci_gpt.train.feed import Prefetch, StepReader, StepRows
+from sci_gpt.train.objective import NextFrame
+from sci_gpt.train.signals import Requests
+from sci_gpt.train.trainer import Parts, Settings, Trainer
+from sci_launch.local import run_workers
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "pretrain" / "quickstart.yaml"
+# Of the quickstart, what is not: a trunk whose heads four processes can share, two micro-batches, clipping in every
+# step, a warm-up that is over soon.
+CHANGES = {
+    "model.size": "1M",
+    "parallel.accumulation": 2,
+    "optimizer.clip": 0.05,
+    "schedule.warmup_steps": 4,
+    "schedule.cooldown_steps": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One training: tensor, sequence and data axes, ZeRO stage, type, and more settings of the configuration.
+
+    Attributes:
+        steps: up to which it trains.
+        save: completed steps after which it writes a checkpoint into `folder`.
+        load: checkpoint from which it starts.
+    """
+
+    tensor: int = 1
+    sequence: int = 1
+    data: int = 1
+    zero: int = 1
+    dtype: str = "fp32"
+    steps: int = 20
+    changes: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+    save: int = 0
+    load: str = ""
+
+    @property
+    def processes(self) -> int:
+        """How many it takes."""
+        return self.tensor * self.sequence * self.data
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        axes = {"TP": self.tensor, "SP": self.sequence, "DP": self.data}
+        return f"{' x '.join(f'{axis}{size}' for axis, size in axes.items())}, ZeRO {self.zero}, {self.dtype}"
+
+    def config(self, data: str | Path) -> PretrainConfig:
+        """The configuration of this layout on the store `data`."""
+        changes = {
+            "data": data,
+            **CHANGES,
+            "schedule.steps": self.steps,
+            "phases.0.until_step": self.steps,
+            "parallel.processes": self.processes,
+            "parallel.tensor_parallel": self.tensor,
+            "parallel.sequence_parallel": self.sequence,
+            "parallel.zero_stage": self.zero,
+            "parallel.dtype": self.dtype,
+            **self.changes,
+        }
+        return load_config(CONFIG, PretrainConfig, overrides=tuple(f"{key}={value}" for key, value in changes.items()))
+
+
+class _Records:
+    """A journal that keeps the records in memory."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.samples: list[list[int]] = []
+
+    def consumed(self, step: int, rows: StepRows) -> None:
+        """Samples of this process."""
+        self.samples.append(list(rows.samples))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A completed step."""
+        self.steps.append({name: record[name] for name in ("step", "loss", "gradient_norm", "losses", "applied")})
+
+    def validation(self, step: int, scores: Any) -> None:
+        """Nothing is validated."""
+
+
+def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str, Any]:
+    """Train one layout in this process and its like: steps {loss, gradient_norm, ..} and this process's samples."""
+    config = layout.config(data)
+    store, plan = Store.open(config.data), parts.parallel_plan(config)
+    curriculum = Curriculum(
+        store,
+        parts.phases(config),
+        seed=config.seed,
+        settings=parts.tokenizer_settings(config),
+        shuffle_block=config.shuffle_block,
+    )
+    model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
+    model.checkpointing = config.parallel.activation_checkpointing
+    rates, groups = rate_factors(model), Groups.join(plan, world)
+    place(model, groups, world=world, seed=config.seed)
+    engine = Engine(
+        model, plan=plan, optimizer=parts.adamw_settings(config), world=world, rate_factors=rates, groups=groups
+    )
+    step, next_sample = 0, 0
+    if layout.load:
+        reader = Reader(Path(layout.load))
+        fragments.load(engine, reader)
+        state = json.loads((Path(layout.load) / "state.json").read_bytes())
+        step, next_sample = state["step"], state["next_sample"]
+    writer = CheckpointWriter(Path(layout.folder), rank=world.rank, size=world.size, session=session, keep=9)
+
+    def save(step: int, next_sample: int) -> None:
+        if step == layout.save:
+            writer.save(step, fragments.hold(engine), state={"step": step, "next_sample": next_sample})
+
+    settings, records = parts.model_settings(config), _Records()
+    reading = StepReader(curriculum, parts.place(config, rank=world.rank), settings=settings.tokenizer)
+    trainer = Trainer(
+        Parts(
+            engine=engine,
+            feed=Prefetch(reading),
+            objective=NextFrame(
+                settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed
+            ),
+            journal=records,
+            save=save,
+            validate=lambda model: {},
+            requests=Requests(),
+            name=curriculum.name,
+        ),
+        Settings(
+            schedule=parts.schedule(config),
+            factor=parts.loss_factor(config),
+            checkpoint_every=layout.save or layout.steps,
+            validate_every=10**9,
+            most_passed_over=0,
+        ),
+        step=step,
+        next_sample=next_sample,
+    )
+    trainer.run()
+    engine.close()
+    return {"name": layout.name, "steps": records.steps, "samples": records.samples}
+
+
+def run(layouts: Sequence[Layout], data: Path, *, threads: int = 1) -> list[dict[str, Any]]:
+    """Train layouts of one number of processes, one after another in the same processes; what rank 0 saw of each.
+
+    Raises:
+        WorkerFailure: a process crashed.
+    """
+    (processes,) = {layout.processes for layout in layouts}
+    with tempfile.TemporaryDirectory(prefix="sci-gpt-") as folder:
+        task = Path(folder) / "task.json"
+        task.write_text(json.dumps({"data": str(data), "layouts": [asdict(layout) for layout in layouts]}))
+        run_workers(
+            ["benchmarks.layouts", str(task)],
+            processes=processes,
+            threads=threads,
+            meeting_place=Path(folder) / "meet",
+        )
+        seen: list[dict[str, Any]] = json.loads((Path(folder) / "task.seen.json").read_text())
+        return seen
+
+
+def apart(mine: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative difference of losses and of gradient norms over the steps that both have; inf where one has a
+    step less, or was skipped."""
+    if [row["step"] for row in mine] != [row["step"] for row in reference]:
+        return {"loss": math.inf, "gradient_norm": math.inf}
+    worst = {"loss": 0.0, "gradient_norm": 0.0}
+    for name in worst:
+        for one, other in zip(mine, reference, strict=True):
+            broken = one[name] is None or other[name] is None or not (one["applied"] and other["applied"])
+            worst[name] = max(worst[name], math.inf if broken else abs(one[name] - other[name]) / abs(other[name]))
+    return worst
+
+
+def main() -> None:
+    """A worker: `python -m benchmarks.layouts TASK.json`."""
+    task = json.loads(Path(sys.argv[1]).read_text())
+    with Requests().listening():
+        world = World.start(threads=1, timeout_seconds=60.0)
+        session = world.share("layouts")
+        seen = [train(Layout(**one), world, data=task["data"], session=session) for one in task["layouts"]]
+        if world.rank == 0:
+            Path(sys.argv[1]).with_suffix(".seen.json").write_text(json.dumps(seen))
+        world.stop()
+
+
+if __name__ == "__main__":
+    main()
