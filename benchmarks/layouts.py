@@ -10,10 +10,12 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.traffic import Counted
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config
 from sci_gpt.data.curriculum import Curriculum
@@ -26,7 +28,7 @@ from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.train import fragments
-from sci_gpt.train.checkpoint import Reader, step_folder
+from sci_gpt.train.checkpoint import Reader
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import Prefetch, StepReader, StepRows
 from sci_gpt.train.objective import NextFrame
@@ -55,6 +57,7 @@ class Layout:
         steps: up to which it trains.
         save: completed steps after which it writes a checkpoint into `folder`.
         load: checkpoint from which it starts.
+        count: bytes of collectives are counted.
     """
 
     tensor: int = 1
@@ -67,6 +70,7 @@ class Layout:
     folder: str = ""
     save: int = 0
     load: str = ""
+    count: bool = False
 
     @property
     def processes(self) -> int:
@@ -170,13 +174,24 @@ def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str,
         step=step,
         next_sample=next_sample,
     )
-    trainer.run()
+    counted = Counted() if layout.count else nullcontext()
+    with counted:
+        trainer.run()
+    shapes = {name: list(fragments.whole_shape(one)) for name, one in engine.module.named_parameters()}
     engine.close()
-    return {"name": layout.name, "steps": records.steps, "samples": records.samples}
+    traffic = [[*key, counted.calls[key], counted.bytes[key]] for key in counted.bytes] if layout.count else []
+    return {
+        "name": layout.name,
+        "steps": records.steps,
+        "samples": records.samples,
+        "traffic": traffic,
+        "shapes": shapes,
+    }
 
 
 def run(layouts: Sequence[Layout], data: Path, *, threads: int = 1) -> list[dict[str, Any]]:
-    """Train layouts of one number of processes, one after another in the same processes; what rank 0 saw of each.
+    """Train layouts of one number of processes, one after another in the same processes; what rank 0 saw of each, and
+    the samples of all.
 
     Raises:
         WorkerFailure: a process crashed.
@@ -191,8 +206,14 @@ def run(layouts: Sequence[Layout], data: Path, *, threads: int = 1) -> list[dict
             threads=threads,
             meeting_place=Path(folder) / "meet",
         )
-        seen: list[dict[str, Any]] = json.loads((Path(folder) / "task.seen.json").read_text())
-        return seen
+        ranks = [json.loads((Path(folder) / f"seen-{rank}.json").read_text()) for rank in range(processes)]
+    return [_together(of_ranks) for of_ranks in zip(*ranks, strict=True)]
+
+
+def _together(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 saw, and `all_samples`, those of all ranks step by step."""
+    shares = [rank["samples"] for rank in ranks if rank["samples"]]
+    return ranks[0] | {"all_samples": [sorted(sum(step, [])) for step in zip(*shares, strict=True)]}
 
 
 def apart(mine: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -215,8 +236,7 @@ def main() -> None:
         world = World.start(threads=1, timeout_seconds=60.0)
         session = world.share("layouts")
         seen = [train(Layout(**one), world, data=task["data"], session=session) for one in task["layouts"]]
-        if world.rank == 0:
-            Path(sys.argv[1]).with_suffix(".seen.json").write_text(json.dumps(seen))
+        Path(sys.argv[1]).with_name(f"seen-{world.rank}.json").write_text(json.dumps(seen))
         world.stop()
 
 

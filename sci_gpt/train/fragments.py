@@ -74,7 +74,7 @@ def hold(engine: Engine) -> Holding:
     steps: set[float] = set()
     for fragment in _fragments(engine, owned=True):
         part = slice_of(fragment.parameter)
-        at, width = (part.offset, part.width) if part else (0, _shape(fragment.parameter)[0])
+        at, width = (part.offset, part.width) if part else (0, whole_shape(fragment.parameter)[0])
         rows.append([fragment.name, at, width, fragment.start, fragment.start + fragment.numel])
         tensors[tensor_key(fragment.name, WEIGHT, offset=at, start=fragment.start)] = fragment.view(fragment.flat)
         if fragment.parameter.requires_grad:
@@ -91,7 +91,7 @@ def hold(engine: Engine) -> Holding:
         )
     parameters = {
         name: {
-            "shape": list(_shape(parameter)),
+            "shape": list(whole_shape(parameter)),
             "tp_dim": part.dim if (part := slice_of(parameter)) else None,
             "trainable": parameter.requires_grad,
         }
@@ -108,7 +108,7 @@ def load(engine: Engine, reader: Reader) -> None:
         CheckpointError: parameters of other names or shapes, or a damaged file.
     """
     saved = {name: reader.shape(name) for name in reader.parameters}
-    here = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    here = {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
     different = sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name))
     if different:
         name = different[0]
@@ -160,7 +160,7 @@ def _adam_state(engine: Engine, flat: Tensor, *, step: float) -> dict[str, Any]:
     return state
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter (at ZeRO 3 `parameter.shape` is (0,))."""
     if (part := slice_of(parameter)) is not None:
         return part.shape
