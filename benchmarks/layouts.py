@@ -15,15 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.traffic import Counted
+from benchmarks.counted import Counted
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config
 from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.store import Store
-from sci_gpt.model.transformer import build_model
+from sci_gpt.model.inputs import ModelInputs
+from sci_gpt.model.transformer import SciGPT, build_model
 from sci_gpt.model.width import rate_factors
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.groups import Groups
+from sci_gpt.parallel.tensor import slice_of
 from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
@@ -35,13 +37,15 @@ from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.trainer import Parts, Settings, Trainer
 from sci_launch.local import run_workers
+from sci_tokenizers.packing import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "pretrain" / "quickstart.yaml"
-# Of the quickstart, what is not: a trunk whose heads four processes can share, two micro-batches, clipping in every
-# step, a warm-up that is over soon.
+# Not as in the quickstart: a trunk whose heads four processes can share, two micro-batches, clipping in every step, a
+# warm-up that is over soon, and a rate at which a step does not magnify the last digit of the one before.
 CHANGES = {
-    "model.size": "1M",
+    "model.size": "200k",
+    "optimizer.learning_rate": 5e-4,
     "parallel.accumulation": 2,
     "optimizer.clip": 0.05,
     "schedule.warmup_steps": 4,
@@ -55,6 +59,7 @@ class Layout:
 
     Attributes:
         steps: up to which it trains.
+        base: configuration of the run; by default the quickstart's, with `CHANGES`.
         save: completed steps after which it writes a checkpoint into `folder`.
         load: checkpoint from which it starts.
         count: bytes of collectives are counted.
@@ -66,6 +71,7 @@ class Layout:
     zero: int = 1
     dtype: str = "fp32"
     steps: int = 20
+    base: str = ""
     changes: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
     save: int = 0
@@ -87,7 +93,7 @@ class Layout:
         """The configuration of this layout on the store `data`."""
         changes = {
             "data": data,
-            **CHANGES,
+            **({} if self.base else CHANGES),
             "schedule.steps": self.steps,
             "phases.0.until_step": self.steps,
             "parallel.processes": self.processes,
@@ -97,7 +103,8 @@ class Layout:
             "parallel.dtype": self.dtype,
             **self.changes,
         }
-        return load_config(CONFIG, PretrainConfig, overrides=tuple(f"{key}={value}" for key, value in changes.items()))
+        overrides = tuple(f"{key}={value}" for key, value in changes.items())
+        return load_config(Path(self.base) if self.base else CONFIG, PretrainConfig, overrides=overrides)
 
 
 class _Records:
@@ -117,6 +124,19 @@ class _Records:
 
     def validation(self, step: int, scores: Any) -> None:
         """Nothing is validated."""
+
+
+class _Counting:
+    """The objective, and the tokens of each batch that it was given."""
+
+    def __init__(self, objective: NextFrame, tokens: list[int]) -> None:
+        self.objective, self.tokens = objective, tokens
+        self.weights, self.sums = objective.weights, objective.sums
+
+    def inputs(self, batch: Batch) -> ModelInputs:
+        """As the objective's."""
+        self.tokens.append(int((batch.document >= 0).sum()))
+        return self.objective.inputs(batch)
 
 
 def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str, Any]:
@@ -150,14 +170,14 @@ def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str,
             writer.save(step, fragments.hold(engine), state={"step": step, "next_sample": next_sample})
 
     settings, records = parts.model_settings(config), _Records()
+    objective = NextFrame(settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed)
     reading = StepReader(curriculum, parts.place(config, rank=world.rank), settings=settings.tokenizer)
+    tokens: list[int] = []
     trainer = Trainer(
         Parts(
             engine=engine,
             feed=Prefetch(reading),
-            objective=NextFrame(
-                settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed
-            ),
+            objective=_Counting(objective, tokens),
             journal=records,
             save=save,
             validate=lambda model: {},
@@ -174,18 +194,39 @@ def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str,
         step=step,
         next_sample=next_sample,
     )
-    counted = Counted() if layout.count else nullcontext()
-    with counted:
+    counted = Counted(_axes_of(groups)) if layout.count else None
+    with counted or nullcontext():
         trainer.run()
-    shapes = {name: list(fragments.whole_shape(one)) for name, one in engine.module.named_parameters()}
+    facts = _facts(engine, model, tokens=tokens)
     engine.close()
-    traffic = [[*key, counted.calls[key], counted.bytes[key]] for key in counted.bytes] if layout.count else []
     return {
         "name": layout.name,
         "steps": records.steps,
         "samples": records.samples,
-        "traffic": traffic,
-        "shapes": shapes,
+        "traffic": counted.table() if counted else [],
+        "facts": facts,
+    }
+
+
+def _axes_of(groups: Groups) -> dict[str, str]:
+    named = {"tensor": groups.tensor, "sequence": groups.sequence, "zero": groups.zero}
+    return {group.group_name: axis for axis, group in named.items() if group is not None}
+
+
+def _facts(engine: Engine, model: SciGPT, *, tokens: list[int]) -> dict[str, Any]:
+    """What the bytes of a step follow from: parameters held (below ZeRO 3), the trunk, tokens of each micro-batch."""
+    held = 0
+    for parameter in model.parameters():
+        part = slice_of(parameter)
+        entries = math.prod(fragments.whole_shape(parameter))
+        held += entries if part is None else entries // part.shape[part.dim] * part.width
+    return {
+        "held": held,
+        "accumulation": engine.plan.accumulation,
+        "layers": model.shape.layers,
+        "width": model.shape.width,
+        "head_width": model.shape.head_width,
+        "tokens": tokens,
     }
 
 

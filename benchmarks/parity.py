@@ -1,4 +1,4 @@
-"""First 20 losses and gradient norms at every layout within 4 processes, against one process; exits 1 beyond a limit."""
+"""20 losses and gradient norms at every layout within 4 processes, against one process; exits 1 beyond limits."""
 
 from __future__ import annotations
 

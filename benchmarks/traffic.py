@@ -2,52 +2,145 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from benchmarks import layouts
+from benchmarks.results import machine, write_section
 
-# What a collective moves per process, in units of the whole tensor, for many processes (a ring takes (n - 1) / n).
-VOLUME = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "alltoall": 1.0}
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "parallel.md"
+TOLERANCE = 0.02
+# Persistent parameters are never gathered in a step, which would hide two of ZeRO 3's three P in a small model.
+_DIVIDE_ALL = {"parallel.extra_deepspeed": "{zero_optimization: {stage3_param_persistence_threshold: 0}}"}
 
 
-class Counted(TorchDispatchMode):
-    """Counts calls and bytes of c10d's collectives while it is entered: {(kind, processes, type): [calls, bytes]}.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A collective of a step: axis and kind, bytes counted and expected, and the theory with what explains a difference."""
 
-    The bytes of a collective are those of the whole tensor: what is summed, what is gathered, what is exchanged.
-    """
+    axis: str
+    kind: str
+    counted: float
+    expected: float
+    theory: str
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[str, int, str]] = Counter()
-        self.bytes: Counter[tuple[str, int, str]] = Counter()
+    @property
+    def within(self) -> bool:
+        """Whether theory and explanation give what was counted."""
+        return abs(self.counted - self.expected) <= TOLERANCE * max(self.expected, 1.0)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            kind = next(
-                (
-                    name
-                    for name in VOLUME
-                    if name in func.__name__.replace("_", "").replace("reducescatter", "reduce_scatter")
-                ),
-                None,
+
+def rows(layout: layouts.Layout, seen: dict[str, Any]) -> list[Row]:
+    """Counted (of a training with `count`, see `layouts.train`) against expected, bytes per process and step."""
+    steps, facts = len(seen["steps"]), seen["facts"]
+    counted: Counter[tuple[str, str]] = Counter()
+    for axis, kind, dtype, _calls, volume in seen["traffic"]:
+        if dtype in ("float32", "bfloat16"):  # other types: numbers that ranks agree on, a few hundred bytes
+            counted[axis, kind] += volume / steps
+    return [
+        Row(axis=axis, kind=kind, counted=counted[axis, kind], expected=bytes_expected, theory=theory)
+        for axis, kind, bytes_expected, theory in [*_of_zero(layout, facts), *_of_axes(layout, facts, steps=steps)]
+    ]
+
+
+def _of_zero(layout: layouts.Layout, facts: dict[str, Any]) -> list[tuple[str, str, float, str]]:
+    """Gradients and weights among the processes that hold the same slices (Rajbhandari et al. 2020, section 7)."""
+    if layout.data * layout.sequence == 1 or layout.zero == 0:
+        return []
+    held, wide, micro = facts["held"], {"fp32": 4, "bf16": 2}[layout.dtype], facts["accumulation"]
+    if layout.zero == 3:
+        return [
+            ("zero", "reduce-scatter", 4.0 * held * micro, "P of gradients a micro-batch (fp32)"),
+            ("zero", "all-gather", 2.0 * wide * held * micro, "2 P of weights a micro-batch: forward and backward"),
+        ]
+    sums = micro if layout.zero == 2 else 1
+    often = "a micro-batch, which keeps its part alone" if layout.zero == 2 else "a step"
+    whole = "summed whole (a ring carries 2 P; theory: reduce-scatter, P): DeepSpeed sums buckets of several owners"
+    return [
+        ("zero", "all-reduce", 4.0 * held * sums, f"P of gradients {often} (fp32), {whole}"),
+        ("zero", "all-gather", float(wide * held), "P of weights a step"),
+    ]
+
+
+def _of_axes(layout: layouts.Layout, facts: dict[str, Any], *, steps: int) -> list[tuple[str, str, float, str]]:
+    """Activations of the tensor and sequence axes, fp32."""
+    layers, width = facts["layers"], facts["width"]
+    found = []
+    if layout.tensor > 1:
+        tokens = sum(facts["tokens"]) / steps
+        norms = layers * facts["accumulation"] * 2 * facts["head_width"]
+        found.append(
+            (
+                "tensor",
+                "all-reduce",
+                4.0 * (4 * layers * tokens * width + norms) + _NORM_BYTES,
+                "4 sums of tokens x width a layer and micro-batch, 2 of a head's width (norms of queries and keys)",
             )
-            if kind is not None:
-                tensors = [list(_tensors(argument)) for argument in args]
-                whole = max(tensors, key=lambda parts: sum(part.nbytes for part in parts))
-                group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-                size = torch.distributed.ProcessGroup.unbox(group).size()
-                key = (kind, size, str(whole[0].dtype).removeprefix("torch."))
-                self.calls[key] += 1
-                self.bytes[key] += sum(part.nbytes for part in whole)
-        return func(*args, **(kwargs or {}))
+        )
+    if layout.sequence > 1:
+        shares = sum(-(-count // layout.sequence) for count in facts["tokens"]) / steps
+        found += [
+            (
+                "sequence",
+                "all-to-all",
+                4.0 * 8 * layers * shares * width,
+                "queries, keys, values and what is mixed, forward and backward: 8 x own tokens x width a layer",
+            ),
+            (
+                "sequence",
+                "all-gather",
+                4.0 * layout.sequence * shares * width,
+                "what the heads get: all tokens x width",
+            ),
+        ]
+    return found
 
 
-def _tensors(argument: Any) -> Iterable[torch.Tensor]:
-    if isinstance(argument, torch.Tensor):
-        yield argument
-    elif isinstance(argument, (list, tuple)):
-        for one in argument:
-            yield from _tensors(one)
+_NORM_BYTES = 4.0  # the gradient's norm, one number
+
+
+def main() -> int:
+    """Exit code 1 where a difference is not explained."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="the quickstart's store")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    parsed = parser.parse_args()
+    chosen = [
+        layouts.Layout(data=2, zero=1),
+        layouts.Layout(data=2, zero=1, dtype="bf16"),
+        layouts.Layout(data=2, zero=2),
+        layouts.Layout(data=2, zero=3, changes=_DIVIDE_ALL),
+        layouts.Layout(tensor=2),
+        layouts.Layout(sequence=2),
+    ]
+    counting = [replace(layout, steps=4, count=True) for layout in chosen]
+    out = [
+        "Bytes per process and optimizer step of two micro-batches, counted at the process groups, as the size of the tensor",
+        "that is summed, gathered or exchanged; P: bytes of the parameters that a process holds below ZeRO 3.",
+        "",
+        "| layout | axis | collective | counted, kB | expected, kB | theory, and what differs from it |",
+        "|---|---|---|---|---|---|",
+    ]
+    beyond = []
+    for layout, seen in zip(counting, layouts.run(counting, parsed.data), strict=True):
+        for row in rows(layout, seen):
+            out.append(
+                f"| {layout.name} | {row.axis} | {row.kind} | {row.counted / 1e3:,.1f} | {row.expected / 1e3:,.1f} "
+                f"| {row.theory} |"
+            )
+            beyond += [] if row.within else [f"{layout.name}: {row.axis} {row.kind}"]
+    out += ["", f"Made by `python -m benchmarks.traffic --write` ({machine()})."]
+    print("\n".join(out))
+    if parsed.write:
+        write_section("traffic", out, title="What a step sends", path=PAGE)
+    if beyond:
+        print(f"not explained: {'; '.join(beyond)}", file=sys.stderr)
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -33,6 +33,7 @@ class ModelShape:
 SHAPES: dict[str, ModelShape] = {
     "tiny": ModelShape(layers=2, width=32, heads=2, hidden=64),
     "100k": ModelShape(layers=4, width=48, heads=3, hidden=112),
+    "200k": ModelShape(layers=4, width=64, heads=4, hidden=160),
     "300k": ModelShape(layers=4, width=80, heads=5, hidden=208),
     "1M": ModelShape(layers=5, width=128, heads=4, hidden=344),
     "3M": ModelShape(layers=7, width=192, heads=6, hidden=512),

@@ -1,0 +1,241 @@
+"""Tensor and sequence axes on two real processes, on made-up mixed batches: the same losses, norms and samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.layouts import Layout, apart, run
+from benchmarks.traffic import rows
+from sci_gpt.config_file import show_config
+from sci_gpt.errors import ConfigError
+from sci_gpt.model.init import Start, initialize
+from sci_gpt.model.inputs import NoiseSettings
+from sci_gpt.model.shapes import SHAPES, ModelShape
+from sci_gpt.model.transformer import ModelSettings, build_model
+from sci_gpt.parallel import tensor
+from sci_gpt.parallel.groups import Groups
+from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.weights import held
+from sci_gpt.train.checkpoint import Reader, read_weights, step_folder
+from sci_tokenizers.tokenizer import TokenizerSettings
+from toy_store import toy_config, write_store
+
+STEPS, SAVED = 8, 4
+ALONE, NOISY = Layout(steps=STEPS), Layout(steps=STEPS, changes={"model.noise.width": 4})
+PAIRS = {
+    "tensor": Layout(tensor=2),
+    "tensor, ZeRO 2": Layout(tensor=2, zero=2),
+    "tensor, ZeRO 3": Layout(tensor=2, zero=3),
+    "sequence": Layout(sequence=2),
+    "sequence, ZeRO 2": Layout(sequence=2, zero=2),
+    "sequence, ZeRO 3": Layout(sequence=2, zero=3),
+    "data": Layout(data=2),
+    "data, ZeRO 3": Layout(
+        data=2,
+        zero=3,
+        changes={"parallel.extra_deepspeed": "{zero_optimization: {stage3_param_persistence_threshold: 0}}"},
+    ),
+    "data, ZeRO 3, offload": Layout(data=2, zero=3, changes={"parallel.offload": "all"}),
+    "data, ZeRO 1, offload": Layout(data=2, zero=1, changes={"parallel.offload": "optimizer"}),
+    "tensor, all computed again": Layout(tensor=2, changes={"parallel.activation_checkpointing": "full"}),
+    "tensor, much computed again": Layout(tensor=2, changes={"parallel.activation_checkpointing": "selective"}),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A configuration file, and the store that it trains on."""
+    folder = tmp_path_factory.mktemp("axes")
+    store = write_store(folder / "store")
+    config = toy_config(store, folder / "run", parallel={"accumulation": 2}, rows_per_step=2)
+    path = folder / "config.yaml"
+    path.write_text(show_config(config))
+    return path, store
+
+
+@pytest.fixture(scope="module")
+def seen(base: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every layout by name; two launches, one of one process and one of two."""
+    path, store = base
+    folder = tmp_path_factory.mktemp("axes-runs")
+
+    def of(layout: Layout) -> Layout:
+        changes = {"schedule.warmup_steps": 2, "schedule.cooldown_steps": 0, **layout.changes}
+        return replace(layout, base=str(path), steps=STEPS, changes=changes)
+
+    two = {name: replace(of(layout), save=SAVED, folder=str(folder / name)) for name, layout in PAIRS.items()}
+    noisy = {"tensor, noise": replace(NOISY, tensor=2), "sequence, noise": replace(NOISY, sequence=2)}
+    two |= {name: replace(of(one), steps=2, save=1, folder=str(folder / name)) for name, one in noisy.items()}
+    two |= {name: replace(two[name], count=True) for name in ("data", "tensor", "sequence", "data, ZeRO 3")}
+    from_tensor = str(step_folder(folder / "tensor, ZeRO 3", SAVED))
+    two |= {
+        "tensor -> tensor": replace(two["tensor, ZeRO 3"], save=0, load=from_tensor),
+        "tensor -> sequence": replace(two["sequence"], save=0, load=from_tensor),
+        "sequence -> tensor": replace(
+            two["tensor"], save=0, count=False, load=str(step_folder(folder / "sequence, ZeRO 2", SAVED))
+        ),
+    }
+    found = dict(zip(two, run(list(two.values()), store), strict=True))
+    one = {"alone": of(ALONE), "tensor -> alone": replace(of(ALONE), load=from_tensor)}
+    one["alone, noise"] = replace(of(NOISY), steps=2, save=1, folder=str(folder / "alone, noise"))
+    found |= dict(zip(one, run(list(one.values()), store), strict=True))
+    return found | {"folder": {"path": folder}}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_and_norms_are_those_of_one_process(seen: dict[str, dict[str, Any]], name: str) -> None:
+    worst = apart(seen[name]["steps"], seen["alone"]["steps"])
+    assert worst["loss"] < 1e-5 and worst["gradient_norm"] < 1e-5, worst
+    assert min(row["gradient_norm"] for row in seen["alone"]["steps"]) > 0.1, "clipping must be active"
+    assert seen[name]["all_samples"] == seen["alone"]["all_samples"]
+
+
+@pytest.mark.parametrize("name", ["tensor, noise", "sequence, noise"])
+def test_a_trunk_conditioned_on_noise_is_cut_too(seen: dict[str, dict[str, Any]], name: str) -> None:
+    """The first moments after one step are the trunk's gradients; heads are left out, because where two members are
+    equal the last digit decides the sign of their difference in the CRPS.
+    """
+    folder = seen["folder"]["path"]
+    mine, theirs = (Reader(step_folder(folder / run, 1)) for run in (name, "alone, noise"))
+    assert "blocks.0.noise.weight" in mine.parameters
+    for parameter in mine.parameters:
+        if parameter.startswith("blocks."):
+            found, wanted = (reader.read(parameter, "exp_avg") for reader in (mine, theirs))
+            assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())), parameter
+    assert apart(seen[name]["steps"][:1], seen["alone, noise"]["steps"][:1])["loss"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tensor -> alone", "tensor -> sequence", "sequence -> tensor", "tensor -> tensor"])
+def test_a_run_goes_on_at_another_layout(seen: dict[str, dict[str, Any]], name: str) -> None:
+    source = "sequence, ZeRO 2" if name.startswith("sequence") else "tensor, ZeRO 3"
+    rest = seen[source]["steps"][SAVED:]
+    assert apart(seen[name]["steps"], rest)["loss"] < 1e-5
+    assert seen[name]["all_samples"] == seen[source]["all_samples"][SAVED:]
+    if name == "tensor -> tensor":
+        assert [row["loss"] for row in seen[name]["steps"]] == [row["loss"] for row in rest]
+
+
+def test_a_checkpoint_holds_each_element_once_whatever_the_layout(seen: dict[str, dict[str, Any]]) -> None:
+    folder = seen["folder"]["path"]
+    whole = read_weights(step_folder(folder / "data, ZeRO 3", SAVED))
+    for name in ("tensor", "tensor, ZeRO 3", "sequence, ZeRO 2"):
+        reader = Reader(step_folder(folder / name, SAVED))
+        pieces = [row for part in reader._parts for row in part["fragments"]]
+        assert sum(stop - start for *_, start, stop in pieces) == sum(tensor.numel() for tensor in whole.values())
+        found = read_weights(step_folder(folder / name, SAVED))
+        assert found.keys() == whole.keys()
+        for parameter, values in found.items():
+            assert torch.allclose(values, whole[parameter], rtol=1e-4, atol=1e-5), (name, parameter)
+
+
+@pytest.mark.parametrize("name", ["data", "tensor", "sequence", "data, ZeRO 3"])
+def test_collectives_carry_what_theory_says(seen: dict[str, dict[str, Any]], name: str) -> None:
+    found = rows(PAIRS[name], seen[name])
+    assert found and all(row.within for row in found), found
+
+
+def part(rank: int, size: int, *, shape: ModelShape) -> Any:
+    """A model of the meta device as rank `rank` of `size` tensor processes has it."""
+    plan = ParallelPlan(data_parallel=1, tensor_parallel=size)
+    groups = Groups(plan=plan, position=plan.position(rank), tensor="a group", sequence=None, zero=None)
+    settings = ModelSettings(tokenizer=TokenizerSettings(), noise=NoiseSettings(width=4))
+    model = build_model(shape, settings, device="meta")
+    tensor.divide(model, groups)
+    return model
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_process_draws_its_slices_of_the_one_start(size: int) -> None:
+    shape = SHAPES["200k"]
+    settings = ModelSettings(tokenizer=TokenizerSettings(), noise=NoiseSettings(width=4))
+    whole = build_model(shape, settings)
+    initialize(whole, 5)
+    named = dict(whole.named_parameters())
+    cut = 0
+    for rank in range(size):
+        model = part(rank, size, shape=shape)
+        start = Start.of(model, 5)
+        assert [name for name, _ in model.named_parameters()] == list(named) or set(named) == {
+            name for name, _ in model.named_parameters()
+        }
+        for name, parameter in model.named_parameters():
+            one = tensor.slice_of(parameter)
+            mine = named[name] if one is None else named[name].narrow(one.dim, one.offset, one.width)
+            count = mine.numel()
+            for begin, stop in ((0, count), (count // 3, count - count // 5)):  # a piece of ZeRO 3 starts anywhere
+                drawn = held(start, name, parameter, begin=begin, stop=stop)
+                assert torch.equal(drawn, mine.reshape(-1)[begin:stop]), name
+            cut += one is not None
+    assert cut == size * shape.layers * 7
+
+
+def test_what_all_of_a_tensor_group_have_whole_carries_no_mark() -> None:
+    model = part(1, 2, shape=SHAPES["tiny"])
+    marked = {name for name, p in model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    assert marked == {
+        f"blocks.{layer}.{name}.weight"
+        for layer in range(SHAPES["tiny"].layers)
+        for name in ("query", "key", "value", "output", "gate", "up", "down")
+    }
+
+
+def test_a_layout_that_cannot_divide_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must divide the model's 2 attention heads"):
+        ParallelPlan(data_parallel=1, tensor_parallel=2, sequence_parallel=2).check_model(SHAPES["tiny"])
+    odd = ModelShape(layers=1, width=64, heads=4, hidden=126)
+    with pytest.raises(ConfigError, match="must divide the model's 126 MLP columns"):
+        ParallelPlan(data_parallel=1, tensor_parallel=4).check_model(odd)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        ({"zero_optimization": 3}, "zero_optimization"),
+    ],
+)
+def test_a_setting_that_the_plan_owns_is_refused(extra: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"extra_deepspeed sets {named}, which the run's own settings decide"):
+        ParallelPlan(data_parallel=2, extra_deepspeed=extra)
+
+
+def test_other_settings_are_passed_on_at_their_place() -> None:
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    config = ParallelPlan(data_parallel=2, zero_stage=2, extra_deepspeed=extra).deepspeed_config(clip=1.0)
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert config["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"zero_stage": 0, "tensor_parallel": 2}, "ZeRO 0 is for data parallelism alone"),
+        ({"zero_stage": 0, "sequence_parallel": 2}, "ZeRO 0 is for data parallelism alone"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "needs a ZeRO stage from 1 on"),
+        ({"zero_stage": 2, "offload": "all"}, "set parallel.zero_stage to 3"),
+        ({"offload": "disk"}, "offload is none, optimizer or all, got 'disk'"),
+        ({"tensor_parallel": 0}, "tensor_parallel is at least 1"),
+    ],
+)
+def test_a_layout_whose_result_is_not_known_is_refused(layout: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ParallelPlan(**({"data_parallel": 2} | layout))
+
+
+def test_tensor_neighbours_stand_next_to_each_other() -> None:
+    plan = ParallelPlan(data_parallel=2, sequence_parallel=3, tensor_parallel=2)
+    positions = [plan.position(rank) for rank in range(plan.world_size)]
+    assert positions[:4] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)] and positions[6] == (1, 0, 0)
+    assert [rank for rank in range(12) if plan.is_lead(rank)] == [0, 6]
+    assert plan.zero_ranks == 6 and plan.loss_multiplier == 2
+    assert plan.micro_batch_rows(5) == math.ceil(5 / 2)
