@@ -31,6 +31,20 @@ def sample_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def quickstart_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's store, built once; for reading alone."""
+    # Imported here: they load libraries that most tests do without, and conftest must set OMP_NUM_THREADS first.
+    from sci_gpt.config import DataConfig
+    from sci_gpt.config_file import load_config
+    from sci_gpt.recipes.build import build
+
+    path = tmp_path_factory.mktemp("quickstart") / "store"
+    configuration = Path(__file__).resolve().parents[1] / "configs" / "data" / "quickstart.yaml"
+    build(load_config(configuration, DataConfig, overrides=(f"output={path}",)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The top of the repository."""
     return Path(__file__).resolve().parents[1]

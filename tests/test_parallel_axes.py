@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.layouts import Layout, apart, run
-from benchmarks.traffic import rows
+from benchmarks.traffic import AS_LARGE, rows
 from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.init import Start, initialize
@@ -36,11 +36,7 @@ PAIRS = {
     "sequence, ZeRO 2": Layout(sequence=2, zero=2),
     "sequence, ZeRO 3": Layout(sequence=2, zero=3),
     "data": Layout(data=2),
-    "data, ZeRO 3": Layout(
-        data=2,
-        zero=3,
-        changes={"parallel.extra_deepspeed": "{zero_optimization: {stage3_param_persistence_threshold: 0}}"},
-    ),
+    "data, ZeRO 3": Layout(data=2, zero=3, changes=AS_LARGE),
     "data, ZeRO 3, offload": Layout(data=2, zero=3, changes={"parallel.offload": "all"}),
     "data, ZeRO 1, offload": Layout(data=2, zero=1, changes={"parallel.offload": "optimizer"}),
     "tensor, all computed again": Layout(tensor=2, changes={"parallel.activation_checkpointing": "full"}),

@@ -19,13 +19,12 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from sci_gpt.config import DataConfig, PretrainConfig
+from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config, show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.recipes import parts
-from sci_gpt.recipes.build import build
 from sci_gpt.recipes.pretrain import pretrain
 from sci_gpt.train.checkpoint import committed, latest, read_state, read_weights
 from sci_gpt.train.feed import StepReader
@@ -111,11 +110,8 @@ def kill_workers(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("pretrain")
-    path = Path(__file__).resolve().parents[1] / "configs" / "data" / "quickstart.yaml"
-    store = folder / "store"
-    build(load_config(path, DataConfig, overrides=(f"output={store}",)))
+def runs(quickstart_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder, store = tmp_path_factory.mktemp("pretrain"), quickstart_store
     output: dict[str, str] = {}
 
     straight = configuration(folder, store, "straight")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from sci_gpt.errors import CheckpointError, ConfigError, DataError
 from sci_gpt.parallel.engine import StepOutcome
+from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.train.agreement import Report, agree
 from sci_gpt.train.checkpoint import committed
 from sci_gpt.train.commit import CheckpointWriter
@@ -47,7 +47,7 @@ class PlainEngine:
 
     def __init__(self) -> None:
         self.world = OneProcess()
-        self.plan = SimpleNamespace(loss_multiplier=1)
+        self.plan = ParallelPlan(data_parallel=1)
         self.module = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.module.weight)
         self.rate, self.rates = 0.0, list[float]()
@@ -360,7 +360,7 @@ class Unequal(OneProcess):
 
 def test_a_rank_divides_by_the_weight_of_all_ranks() -> None:
     engine: Any = PlainEngine()
-    engine.world, engine.plan = Unequal(), SimpleNamespace(loss_multiplier=2)
+    engine.world, engine.plan = Unequal(), ParallelPlan(data_parallel=2)
     losses: list[float] = []
     back = engine.backward
 
