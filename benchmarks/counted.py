@@ -24,7 +24,7 @@ class Counted(TorchDispatchMode):
     The bytes of a collective are those of the whole tensor on this process: what is summed, gathered, exchanged.
 
     Args:
-        axes: {name of a process group: axis of the plan}; other groups are "agreement".
+        axes: {name of a process group: axis of the plan}; other groups are "world".
     """
 
     def __init__(self, axes: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ class Counted(TorchDispatchMode):
                 tensors = [list(_tensors(argument)) for argument in args]
                 whole = max(tensors, key=lambda parts: sum(part.nbytes for part in parts))
                 group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-                axis = self.axes.get(torch.distributed.ProcessGroup.unbox(group).group_name, "agreement")
+                axis = self.axes.get(torch.distributed.ProcessGroup.unbox(group).group_name, "world")
                 key = (axis, kind, str(whole[0].dtype).removeprefix("torch."))
                 self.calls[key] += 1
                 self.bytes[key] += sum(part.nbytes for part in whole)

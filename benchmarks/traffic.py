@@ -44,7 +44,7 @@ def rows(layout: layouts.Layout, seen: dict[str, Any]) -> list[Row]:
     counted: Counter[tuple[str, str]] = Counter()
     for axis, kind, dtype, _calls, volume in seen["traffic"]:
         if dtype in ("float32", "bfloat16"):  # other types: numbers that ranks agree on, a few hundred bytes
-            counted[axis, kind] += volume / steps
+            counted["zero" if axis == "world" else axis, kind] += volume / steps
     return [
         Row(axis=axis, kind=kind, counted=counted[axis, kind], expected=bytes_expected, theory=theory)
         for axis, kind, bytes_expected, theory in [*_of_zero(layout, facts), *_of_axes(layout, facts, steps=steps)]
@@ -124,7 +124,7 @@ def main() -> int:
     counting = [replace(layout, steps=4, count=True) for layout in chosen]
     out = [
         "Bytes per process and optimizer step of two micro-batches, counted at the process groups: the size of the",
-        "tensor that is summed, gathered or exchanged. P: bytes of the parameters that a process holds below ZeRO 3, where",
+        "tensor that is summed, gathered or exchanged. P: bytes of the parameters that a process holds below ZeRO 3. There",
         "DeepSpeed's limits on what it keeps are set to 0 (by default a model as small as this is gathered once).",
         "",
         "| layout | axis | collective | counted, kB | expected, kB | theory, and what differs from it |",

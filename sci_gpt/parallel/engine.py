@@ -90,7 +90,7 @@ class Engine:
                 config=config,
                 optimizer=adam,
                 dist_init_required=False,
-                mpu=groups,
+                mpu=None if groups is None else groups.mpu,
             )[0]
         self.adam = adam
         for name, buffer in self.module.named_buffers():  # bf16 has rounded them: frequencies of places and times

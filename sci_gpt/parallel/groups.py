@@ -19,6 +19,8 @@ class Groups:
 
     The methods are those of DeepSpeed's `mpu`. What it takes for data parallelism is the sequence x data group, among
     which it divides states and averages gradients; an mpu with methods for sequences makes it divide by a wrong number.
+    Without tensor parallelism that group is all processes, and DeepSpeed gets no mpu: it would add squares of norms
+    over a group that is not there, which torch takes for all processes.
 
     Attributes:
         plan: the layout.
@@ -59,8 +61,13 @@ class Groups:
         """This process's place among those that hold the same slices."""
         return self.position.data * self.plan.sequence_parallel + self.position.sequence
 
+    @property
+    def mpu(self) -> Groups | None:
+        """What DeepSpeed is to be given."""
+        return self if self.tensor is not None else None
+
     def get_model_parallel_group(self) -> Any:
-        """For DeepSpeed: the tensor group (of this process alone where nothing is divided)."""
+        """For DeepSpeed: the tensor group."""
         return self.tensor
 
     def get_model_parallel_rank(self) -> int:

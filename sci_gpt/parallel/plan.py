@@ -191,8 +191,8 @@ class ParallelPlan:
             "communication_data_type": "fp32",
         }
         if self.dtype == "bf16":
-            # At ZeRO 1 DeepSpeed adds each micro-batch's gradients to fp32 sums; without `immediate_grad_update` it does
-            # not clear them (0.19.8), and the first micro-batch counts as often as there are micro-batches.
+            # At ZeRO 1 DeepSpeed adds each micro-batch's gradients to fp32 sums; without `immediate_grad_update` it
+            # does not clear them (0.19.8), and the first micro-batch counts as often as there are micro-batches.
             config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         return _merged(config, self.extra_deepspeed, path="")

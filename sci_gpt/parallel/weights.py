@@ -96,10 +96,10 @@ def _partition(module: nn.Module, own: dict[str, nn.Parameter], *, groups: Group
     else:
         deepspeed.zero.Init(
             module=module,
-            data_parallel_group=groups.zero,
+            data_parallel_group=None if groups.mpu is None else groups.zero,
             config_dict_or_path=groups.plan.deepspeed_config(clip=1.0),
             dtype=_DTYPES[groups.plan.dtype],
-            mpu=groups,
+            mpu=groups.mpu,
         )
 
 
