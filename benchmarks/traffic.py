@@ -124,7 +124,7 @@ def main() -> int:
     counting = [replace(layout, steps=4, count=True) for layout in chosen]
     out = [
         "Bytes per process and optimizer step of two micro-batches, counted at the process groups: the size of the",
-        "tensor that is summed, gathered or exchanged. P: bytes of the parameters that a process holds below ZeRO 3. There",
+        "tensor that is summed, gathered or exchanged. P: bytes of what a process holds below ZeRO 3. At ZeRO 3",
         "DeepSpeed's limits on what it keeps are set to 0 (by default a model as small as this is gathered once).",
         "",
         "| layout | axis | collective | counted, kB | expected, kB | theory, and what differs from it |",
