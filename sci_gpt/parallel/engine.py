@@ -134,7 +134,11 @@ class Engine:
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
+        # Imported here as in the constructor. DeepSpeed keeps the mpu of the last engine for all later ones.
+        from deepspeed.utils import groups
+
         self.deepspeed.destroy()
+        groups.mpu = None
 
     def _step_undivided(self) -> StepOutcome:
         norm = float("nan")
