@@ -35,6 +35,7 @@ from sci_tokenizers.packing import collate
 from sci_tokenizers.sample import Sample
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
+from sci_tokenizers.tokens import Tokens
 
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "activation_memory.png"
 SIZE = "3M"
@@ -52,10 +53,10 @@ class Cost:
     seconds: float
 
 
-def row(length: int) -> ModelInputs:
-    """One row of hourly series of DOCUMENT values each, all alike."""
-    seconds = np.arange(DOCUMENT) * 3600.0
-    shape = (DOCUMENT, 1, 1, 1)
+def wave(times: int) -> Tokens:
+    """An hourly series of `times` values."""
+    seconds = np.arange(times) * 3600.0
+    shape = (times, 1, 1, 1)
     sample = Sample(
         key="wave",
         source="wave",
@@ -72,8 +73,12 @@ def row(length: int) -> ModelInputs:
         longitude=np.full((1, 1), 10.0, np.float32),
         elevation=np.full((1, 1), 100.0, np.float32),
     )
-    document = make_tokenizer("series", TokenizerSettings()).encode(sample, num_context=DOCUMENT // 4, leads=(1,))
-    return to_inputs(collate([[document] * (length // DOCUMENT)], length))
+    return make_tokenizer("series", TokenizerSettings()).encode(sample, num_context=times // 4, leads=(1,))
+
+
+def row(length: int) -> ModelInputs:
+    """One row of hourly series of DOCUMENT values each, all alike."""
+    return to_inputs(collate([[wave(DOCUMENT)] * (length // DOCUMENT)], length))
 
 
 def ready(mode: Checkpointing, length: int) -> Callable[[], None]:
