@@ -119,7 +119,7 @@ def main() -> int:
     out = [
         f"Weights, gradients and optimizer state of {four[0]['parameters'] / 1e6:.0f} million parameters are",
         f"{states / 1e9:.2f} GB in fp32. Where the system lets a process take {parsed.limit / 1e9:.2f} GB, one of them",
-        "ends for want of memory; four build the model and take a step. Peak memory of each, GB above what stood before:",
+        "ends for want of memory; four build the model and take a step. Peak of each, GB above what stood before:",
         "",
         "| process | when the weights are drawn | with the optimizer | after a step |",
         "|---|---|---|---|",
