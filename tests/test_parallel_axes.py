@@ -14,6 +14,7 @@ import torch
 from benchmarks.layouts import Layout, apart, run
 from benchmarks.traffic import AS_LARGE, rows
 from sci_gpt.config_file import show_config
+from sci_gpt.data.store import Store
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.init import Start, initialize
 from sci_gpt.model.inputs import NoiseSettings
@@ -23,7 +24,9 @@ from sci_gpt.parallel import tensor
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.weights import held
+from sci_gpt.recipes import parts
 from sci_gpt.train.checkpoint import Reader, read_weights, step_folder
+from sci_gpt.train.feed import StepReader
 from sci_tokenizers.tokenizer import TokenizerSettings
 from toy_store import toy_config, write_store
 
@@ -73,7 +76,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("axes")
-    store = write_store(folder / "store")
+    store = write_store(folder / "store", times={"field": [20]})  # three windows: exhausted in the first step
     config = toy_config(store, folder / "run", parallel={"accumulation": 2}, rows_per_step=2)
     (folder / "config.yaml").write_text(show_config(config))
     return Place(base=folder / "config.yaml", store=store, runs=folder / "runs")
@@ -122,6 +125,19 @@ def test_two_axes_have_the_losses_and_norms_of_one_process(few: Seen, name: str)
 @pytest.mark.parametrize("name", MORE)
 def test_losses_and_norms_are_those_of_one_process(more: Seen, name: str) -> None:
     check_equal(more, name)
+
+
+def test_a_source_is_exhausted_and_starts_again_while_layouts_are_compared(place: Place) -> None:
+    config = place.of(Layout()).config(place.store)
+    curriculum = parts.curriculum(config, Store.open(place.store))
+    read = StepReader(curriculum, parts.place(config, rank=0), settings=parts.tokenizer_settings(config))
+    keys, n = [], 0
+    for step in range(STEPS):
+        rows_read = read(step, n)
+        keys += [key for key in rows_read.keys if key.startswith("field/")]
+        n = rows_read.next_sample
+    windows = {one.spec.source: one.num_windows for one in curriculum.corpora[0].windows}
+    assert len(keys) > windows["field"] == 3
 
 
 def test_each_micro_batch_counts_once_in_bf16(few: Seen) -> None:
