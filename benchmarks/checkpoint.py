@@ -188,7 +188,7 @@ def table(rounds: dict[bool, list[Round]], *, megabytes: float, steps: int, thre
     return [
         *lines,
         "",
-        f"One save of {megabytes:,.0f} MB (125 M parameters: weights and two moments of Adam in fp32) by one process "
+        f"One save of {megabytes:,.0f} MB ({megabytes / 12:.0f} M parameters: weights and two moments of Adam in fp32) by one process "
         f"into a file system of this machine, beside {steps} training steps of a small transformer on {threads} "
         f"thread(s), {alone:.1f} s without a save. Medians of {len(rounds[True])} rounds of each kind in turn, in "
         "brackets the least and the greatest. Added: the steps and the save until it is committed, less as many steps "
