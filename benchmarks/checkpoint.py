@@ -188,12 +188,12 @@ def table(rounds: dict[bool, list[Round]], *, megabytes: float, steps: int, thre
     return [
         *lines,
         "",
-        f"One save of {megabytes:,.0f} MB (weights and two moments of Adam of {megabytes / 12:.0f} M parameters, fp32) by "
-        f"one process into a file system of this machine, beside {steps} training steps of a small transformer on "
-        f"{threads} thread(s), {alone:.1f} s without a save. Medians of {len(rounds[True])} rounds of each kind in turn, "
-        "in brackets the least and the greatest. Added: the steps and the save until it is committed, less as many steps "
-        f"without one just before. To verify the checkpoint before a run goes on from it takes {verify:.1f} s "
-        f"({megabytes / verify:,.0f} MB/s) in one process; the processes of a run share it.",
+        f"One save of {megabytes:,.0f} MB (weights and two moments of Adam of {megabytes / 12:.0f} M parameters, fp32) "
+        f"by one process into a file system of this machine, beside {steps} training steps of a small transformer on "
+        f"{threads} thread(s), {alone:.1f} s without a save. Medians of {len(rounds[True])} rounds of each kind in "
+        "turn, in brackets the least and the greatest. Added: the steps and the save until it is committed, less as "
+        "many steps without one just before. To verify the checkpoint before a run goes on from it takes "
+        f"{verify:.1f} s ({megabytes / verify:,.0f} MB/s) in one process; the processes of a run share it.",
     ]
 
 
