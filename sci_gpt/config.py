@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
+from sci_gpt.config_checkpoint import CheckpointConfig
 from sci_gpt.config_model import ModelConfig, Node, TokenizerConfig
 from sci_gpt.data.addresses import path_or_url
 
@@ -278,13 +279,6 @@ class ReadingConfig(Node):
     attempts: int = Field(default=4, ge=1)
     wait_seconds: float = Field(default=0.25, ge=0)
     most_passed_over: int = Field(default=100, ge=0)
-
-
-class CheckpointConfig(Node):
-    """Save every `every` steps, keep the last `keep`."""
-
-    every: int = Field(ge=1)
-    keep: int = Field(default=2, ge=1)
 
 
 class ValidationConfig(Node):

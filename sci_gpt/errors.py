@@ -17,5 +17,9 @@ class CheckpointError(SciGptError):
     """A checkpoint is missing, torn or belongs to other data or another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a committed checkpoint is gone or is not what was written: another checkpoint must do."""
+
+
 class UnlikeTrainingWarning(UserWarning):
     """A forecast is given, but the input is unlike everything that the model was trained on; the message says how."""

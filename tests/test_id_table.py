@@ -17,7 +17,7 @@ from sci_gpt.model.shapes import SHAPES
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.load import load_model
-from sci_gpt.train.checkpoint import MANIFEST, STATE, file_sha256
+from sci_gpt.train.checkpoint import MANIFEST, STATE, file_sha256, sealed
 from sci_gpt.train.resume import where_to_go_on
 from test_attention_and_loss import SETTINGS, inputs_of, samples
 from toy_model import make_run
@@ -105,4 +105,4 @@ def _rewrite(checkpoint: Path, state: object) -> None:
     (checkpoint / STATE).write_text(json.dumps(state))
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["state_sha256"] = file_sha256(checkpoint / STATE)
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / MANIFEST).write_text(json.dumps(sealed(manifest)))

@@ -24,6 +24,7 @@ from sci_gpt.train.checkpoint import (
     read_manifest,
     read_state,
     read_weights,
+    sealed,
     step_folder,
     tensor_key,
     torn,
@@ -72,7 +73,7 @@ def holding(rank: int, size: int, *, tp_dim: dict[str, int] | None = None, step:
 
 
 def writer(run: Path, rank: int, *, size: int = 2, session: str = "one", timeout: float = 5.0) -> CheckpointWriter:
-    return CheckpointWriter(run, rank=rank, size=size, session=session, keep=2, timeout_seconds=timeout)
+    return CheckpointWriter(run, rank=rank, size=size, session=session, timeout_seconds=timeout)
 
 
 def save(run: Path, step: int, *, size: int = 2, tp_dim: dict[str, int] | None = None) -> Path:
@@ -192,7 +193,7 @@ def test_damage_is_noticed_and_the_file_named(tmp_path: Path, name: str, damage:
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
-    manifest = read_manifest(folder) | {"format": 99}
+    manifest = sealed(read_manifest(folder) | {"format": 99})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="checkpoint format 99, this code reads 1"):
         read_weights(folder)

@@ -39,7 +39,8 @@ PATIENCE_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Finished runs of one configuration: straight through; moved from 1 process to 2; killed and called again."""
+    """Finished runs of one configuration: straight through; moved from 1 process to 2; killed, its newest checkpoint
+    damaged, and called again."""
 
     folder: Path
     store: Path
@@ -109,6 +110,13 @@ def kill_workers(process: subprocess.Popen[str]) -> None:
         worker.kill()
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a file, as a disk may."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture(scope="module")
 def runs(quickstart_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder, store = tmp_path_factory.mktemp("pretrain"), quickstart_store
@@ -127,8 +135,9 @@ def runs(quickstart_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
     killed = configuration(folder, store, "killed")
     process = start(killed)
-    at_step(killed.output, 12, process, do=lambda: kill_workers(process))
+    at_step(killed.output, 20, process, do=lambda: kill_workers(process))
     output["killed"] = end(process, code=1)
+    flip_a_bit(killed.output / "checkpoints" / "step-00000016" / "rank-00001.safetensors")
     (killed.output / "checkpoints" / "step-00000011").mkdir()  # as a save that never finished leaves it
     with (killed.output / "log.jsonl").open("a") as log:
         log.write('{"step": 99, "lo')  # as a write that was cut leaves it
@@ -214,7 +223,21 @@ def test_kill_9_costs_only_the_steps_since_the_checkpoint(runs: Runs) -> None:
         name = f"keys/rank-{rank}.jsonl"
         assert read_lines(runs.killed / name) == read_lines(runs.straight / name)
     assert "killed by SIGKILL" in runs.output["killed"]
-    assert "resumes from" in runs.output["resumed"] and "step-00000008" in runs.output["resumed"]
+    assert f"resumes from {runs.killed}/checkpoints/step-00000008" in runs.output["resumed"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_kept_and_said(runs: Runs) -> None:
+    folder = runs.killed / "checkpoints" / "step-00000016"
+    (line,) = [line for line in runs.output["resumed"].splitlines() if "damaged" in line]
+    assert line.startswith(f"warning: {folder / 'rank-00001.safetensors'} is damaged: sha256 ")
+    assert line.endswith(f": {folder} is ignored, and kept as step-00000016.damaged for you to look at or delete")
+    aside = folder.with_name("step-00000016.damaged")
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "manifest.json",
+        *[f"rank-0000{rank}.{end}" for rank in (0, 1) for end in ("parts.json", "safetensors")],
+        "state.json",
+    ]
+    assert [path.name for path in committed(runs.killed)] == ["step-00000024", f"step-{STEPS:08d}"]
 
 
 def test_a_torn_checkpoint_is_ignored_with_a_message(runs: Runs) -> None:
@@ -290,8 +313,12 @@ def test_other_data_another_seed_or_mixture_is_refused(runs: Runs, tmp_path: Pat
 def test_a_disk_without_room_is_refused_before_anything_is_written(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(CheckpointError, match="no space for the checkpoints of .*nowhere"):
+    with pytest.raises(CheckpointError, match="no space for the checkpoints of .*nowhere': 2 kept and one being wr"):
         pretrain(runs.config("nowhere"), Requests())
+    # the last 2, steps 8, 16 and 24 of 28, the best 3
+    more = {"checkpoint.keep_every": 8, "checkpoint.keep_best": 3}
+    with pytest.raises(CheckpointError, match="no space for the checkpoints of .*nowhere': 8 kept and one being wr"):
+        pretrain(runs.config("nowhere", **more), Requests())
     assert not (runs.folder / "nowhere").exists()
 
 

@@ -189,7 +189,7 @@ def _check(config: PretrainConfig) -> None:
     parts.model_shape(config)
     parts.parallel_plan(config)
     store = Store.open(config.data)
-    start = where_to_go_on(config.output, parts.identity(config, store))
+    start = where_to_go_on(config.output, parts.identity(config, store), contents=False)
     parts.curriculum(config, store, starts=start.phase_starts)
 
 

@@ -92,6 +92,14 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.agreement_group)
         return box[0]
 
+    def gather_texts(self, value: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        if self.size == 1:
+            return [value]
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, value, group=self.agreement_group)
+        return texts
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum([0.0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from sci_gpt.recipes import parts
 from sci_gpt.recipes.priors import store_with_priors
 from sci_gpt.recipes.validation import Validation
 from sci_gpt.train import fragments
-from sci_gpt.train.checkpoint import Reader, step_folder
-from sci_gpt.train.commit import CheckpointWriter
+from sci_gpt.train.checkpoint import Reader, committed, step_folder
+from sci_gpt.train.commit import CheckpointWriter, Saved
 from sci_gpt.train.feed import Prefetch, StepReader
 from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.resume import Start, code_version, where_to_go_on
-from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker, write_whole
+from sci_gpt.train.retention import Retention, validation_loss
+from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, set_aside, write_marker, write_whole
 from sci_gpt.train.signals import Requests
 from sci_gpt.train.tracker import Tracker
 from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
@@ -52,7 +54,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     store = Store.open(config.data, parts.patience(config))
     plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
     identity = parts.identity(config, store)
-    start = where_to_go_on(config.output, identity)
+    start = where_to_go_on(config.output, identity, contents=False)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     _refuse_long_windows(curriculum)
     model = _model(config)
@@ -60,6 +62,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
 
     rates = rate_factors(model)
     world = World.start(threads=config.parallel.threads_per_process)
+    start = where_to_go_on(config.output, identity, world=world)  # every byte, which all ranks together can read
     groups = Groups.join(plan, world)
     place(model, groups, world=world, seed=config.seed)
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
@@ -69,36 +72,35 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     adamw = parts.adamw_settings(config)
     engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rates, groups=groups)
     if start.checkpoint is not None:
-        fragments.load(engine, Reader(start.checkpoint))
+        fragments.load(engine, Reader(start.checkpoint, verified=True))
     with ExitStack() as stack:
-        writer = _open_run(config, world, stack=stack, step=start.step)
+        progress = Progress(schedule.steps)
+        writer = _open_run(config, engine, stack=stack, start=start, told=progress.saved)
         state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
             _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
             tracker = _track(config, store)
-        journal = RunJournal(config.output, rank=world.rank, progress=Progress(schedule.steps), tracker=tracker)
+        journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
+        validated = partial(_validated, journal, factor=factor, before=start.validation)
+        save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)
         trainer = Trainer(
             Parts(
                 engine=engine,
                 feed=feed,
                 objective=_objective(config, world),
                 journal=journal,
-                save=_saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker),
+                save=save,
                 validate=validation,
                 requests=requests,
                 name=curriculum.name,
+                check=writer.check,
             ),
-            Settings(
-                schedule=schedule,
-                factor=factor,
-                checkpoint_every=config.checkpoint.every,
-                validate_every=config.validation.every,
-                most_passed_over=config.reading.most_passed_over,
-            ),
+            _settings(config),
             step=start.step,
             next_sample=start.next_sample,
         )
         outcome = trainer.run()
+        writer.finish()  # before any marker says that the last checkpoint is there
         journal.close()
         if tracker is not None:
             _mark_end(config.output, outcome)
@@ -111,6 +113,16 @@ def _model(config: PretrainConfig) -> SciGPT:
     model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
     model.checkpointing = config.parallel.activation_checkpointing
     return model
+
+
+def _settings(config: PretrainConfig) -> Settings:
+    return Settings(
+        schedule=parts.schedule(config),
+        factor=parts.loss_factor(config),
+        checkpoint_every=config.checkpoint.every,
+        validate_every=config.validation.every,
+        most_passed_over=config.reading.most_passed_over,
+    )
 
 
 def _objective(config: PretrainConfig, world: World) -> NextFrame:
@@ -126,35 +138,56 @@ def _refuse_long_windows(curriculum: Curriculum) -> None:
 
 def _refuse_full_disk(config: PretrainConfig, num_parameters: int) -> None:
     """Before anything is written: room for the checkpoints that will be kept and the one being written."""
-    need = (config.checkpoint.keep + 1) * num_parameters * _BYTES_PER_PARAMETER
+    kept = _retention(config).most(config.schedule.steps)
+    there = min(kept, len(committed(config.output)))
+    need = (kept + 1 - there) * num_parameters * _BYTES_PER_PARAMETER
     folder = config.output.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
-            f"no space for the checkpoints of {str(config.output)!r}: {config.checkpoint.keep} kept and one being "
-            f"written need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room or lower checkpoint.keep"
+            f"no space for the checkpoints of {str(config.output)!r}: {kept} kept and one being written, of which "
+            f"{there} are there, need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make room or lower "
+            "checkpoint.keep (or keep_best, or raise keep_every)"
         )
 
 
-def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: int) -> CheckpointWriter:
-    """Take the run folder: rank 0 locks it, cuts the logs back to `step`, removes torn checkpoints; the others wait."""
-    session = uuid.uuid4().hex
+def _retention(config: PretrainConfig) -> Retention:
+    keep = config.checkpoint
+    return Retention(last=keep.keep, every=keep.keep_every, best=keep.keep_best)
+
+
+def _open_run(
+    config: PretrainConfig, engine: Engine, *, stack: ExitStack, start: Start, told: Callable[[Saved], None]
+) -> CheckpointWriter:
+    """Take the run folder: rank 0 locks it, cuts the logs back, puts damaged and torn checkpoints away; others wait."""
+    session, world = uuid.uuid4().hex, engine.world
     if world.rank == 0:
         stack.enter_context(locked(config.output))
-        cut_back(config.output, step)
+        cut_back(config.output, start.step)
         write_whole(config.output / CONFIG, show_config(config))
+        for folder, found in start.damaged:
+            aside = set_aside(folder)
+            _warn(f"{found}: {folder} is ignored, and kept as {aside.name} for you to look at or delete")
         for folder in CheckpointWriter.remove_torn(config.output):
-            print(
-                f"warning: {folder} is torn (a save that never finished): ignored and removed",
-                file=sys.stderr,
-                flush=True,
-            )
+            _warn(f"{folder} is torn (a save that never finished): ignored and removed")
     session = world.share(session)
-    return CheckpointWriter(
-        config.output, rank=world.rank, size=world.size, session=session, keep=config.checkpoint.keep
+    writer = CheckpointWriter(
+        config.output,
+        rank=world.rank,
+        size=world.size,
+        session=session,
+        retention=_retention(config),
+        asynchronous=config.checkpoint.asynchronous,
+        told=told,
     )
+    writer.prepare(fragments.hold(engine))
+    return stack.enter_context(writer)
+
+
+def _warn(what: str) -> None:
+    print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: Start) -> Prefetch:
@@ -232,6 +265,7 @@ def _saver(
     state: dict[str, Any],
     starts: Callable[[int], tuple[int, ...]],
     tracker: Tracker | None,
+    validated: Callable[[], Mapping[str, Any] | None],
 ) -> Callable[[int, int], None]:
     def save(step: int, next_sample: int) -> None:
         changing = {
@@ -240,10 +274,21 @@ def _saver(
             "phase_starts": list(starts(step)),
             "schedule": state["config"]["schedule"] | {"completed": step},
             "mlflow_run": tracker.run_id if tracker is not None else None,
+            "validation": validated(),
         }
         writer.save(step, fragments.hold(engine), state=changing | state)
 
     return save
+
+
+def _validated(
+    journal: RunJournal, *, factor: Mapping[str, float], before: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """{"step", "loss"} of the run's last validation; `before`: of the checkpoint from which it goes on."""
+    if journal.validated is None:
+        return before
+    step, scores = journal.validated
+    return {"step": step, "loss": validation_loss(scores, factor)}
 
 
 def _mark_end(run: Path, outcome: Outcome) -> None:

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-00000120/`:
     rank-00000.safetensors   fragments that rank 0 owns: fp32 weights and both moments of Adam
     rank-00000.parts.json    the part list: that file's sha256 and the address of each fragment
     state.json               step, next sample, schedule, configuration, statistics, tokenizers, fingerprint, code
-    manifest.json            written last: shapes of all parameters, sha256 of every part list and of state.json
+    manifest.json            written last: shapes of all parameters, sha256 of every part list, of state.json, of itself
 
 The address of an element is (parameter name, kind, tensor-parallel slice, flat range in that slice); a slice is
 (offset, width) along the parameter's `tp_dim` (None: not divided). No manifest, no checkpoint.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sci_gpt.errors import CheckpointError
+from sci_gpt.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,6 +33,8 @@ STATE = "state.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _FOLDER = re.compile(r"step-(\d{8,})")
+# What a manifest held before it had a checksum of itself; such checkpoints are still read.
+_UNSEALED = {"format", "step", "world", "adam_step", "parameters", "parts", "state_sha256"}
 _REMEDY = "delete this folder, and the next start takes the checkpoint before it"
 
 
@@ -83,24 +86,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the sha256 of its own content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
+    """The verified manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: no manifest (a torn save, or no checkpoint at all), unreadable, or of another format version.
+        CheckpointError: no manifest (a torn save, or no checkpoint at all), damaged, or of another format version.
     """
     path = Path(checkpoint) / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} is no checkpoint: it holds no {MANIFEST}; name a folder that does"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_REMEDY}") from error
-    if manifest.get("format") != FORMAT:
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is damaged: it is no JSON ({error}); {_REMEDY}") from error
+    if not isinstance(manifest, dict) or not (
+        manifest.keys() == _UNSEALED or manifest.get("sha256") == sealed(manifest)["sha256"]
+    ):
+        raise DamagedCheckpoint(f"{path} is damaged: its content is not what its own sha256 says; {_REMEDY}")
+    if manifest["format"] != FORMAT:
         raise CheckpointError(
-            f"{checkpoint} is of checkpoint format {manifest.get('format')!r}, this code reads {FORMAT}; "
+            f"{checkpoint} is of checkpoint format {manifest['format']!r}, this code reads {FORMAT}; "
             "load it with the code version in its state.json"
         )
     return manifest
@@ -128,25 +143,66 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name: reader.read(name).view(reader.shape(name)) for name in reader.parameters}
 
 
+def damage(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What of a committed checkpoint is not as it was written, in a few words; None: nothing.
+
+    Args:
+        checkpoint: its folder.
+        contents: False: only manifest, state and part lists are verified, which are small.
+        share: (rank, size): this rank verifies every size-th fragment file from its own number on.
+
+    Raises:
+        CheckpointError: of another format version, or a file that the system does not let this process read.
+    """
+    try:
+        read_state(checkpoint)
+        for index, part in enumerate(read_manifest(checkpoint)["parts"]):
+            listed = json.loads(_verified(checkpoint / part["file"], part["sha256"]))
+            if contents and index % share[1] == share[0]:
+                _verify_file(checkpoint / listed["file"], listed["sha256"])
+    except DamagedCheckpoint as error:
+        return str(error).removesuffix(f"; {_REMEDY}")
+    return None
+
+
 def _verified(path: Path, sha256: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_REMEDY}") from error
+        raise _unreadable(path, error) from error
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise CheckpointError(f"{path} is damaged: sha256 {found[:12]}, its checkpoint says {sha256[:12]}; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} is damaged: sha256 {found[:12]}, its checkpoint says {sha256[:12]}; {_REMEDY}")
     return data
+
+
+def _verify_file(path: Path, sha256: str) -> None:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if found != sha256:
+        raise DamagedCheckpoint(f"{path} is damaged: sha256 {found[:12]}, its part list says {sha256[:12]}; {_REMEDY}")
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """A missing file is damage; one that the system refuses to read may be whole, so that nobody may pass it over."""
+    kind = DamagedCheckpoint if isinstance(error, FileNotFoundError) else CheckpointError
+    return kind(f"{path} cannot be read ({error}); {_REMEDY}")
 
 
 class Reader:
     """Reads flat ranges of any slice of any parameter; a file's checksum is verified when it is first opened.
 
+    Args:
+        checkpoint: its folder.
+        verified: this start has verified all files (`resume.where_to_go_on` over all ranks): they are not hashed again.
+
     Raises:
         CheckpointError: from the constructor and from `read`: a file missing, damaged, or elements in no file.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.folder = checkpoint
+    def __init__(self, checkpoint: Path, *, verified: bool = False) -> None:
+        self.folder, self.verified = checkpoint, verified
         self.manifest = read_manifest(checkpoint)
         self.parameters: dict[str, dict[str, Any]] = self.manifest["parameters"]
         self._parts = [
@@ -231,13 +287,10 @@ class Reader:
         if index not in self._open:
             part = self._parts[index]
             path = self.folder / part["file"]
+            if not self.verified:
+                _verify_file(path, part["sha256"])
             try:
-                found = file_sha256(path)
-                if found != part["sha256"]:
-                    raise CheckpointError(
-                        f"{path} is damaged: sha256 {found[:12]}, its part list says {part['sha256'][:12]}; {_REMEDY}"
-                    )
                 self._open[index] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read ({error}); {_REMEDY}") from error
+                raise _unreadable(path, error) from error
         return self._open[index]

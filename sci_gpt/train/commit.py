@@ -1,73 +1,191 @@
-"""Write a checkpoint without collectives: each rank leaves its part and a list, rank 0 writes the manifest last."""
+"""Write a checkpoint without collectives: each rank leaves its part and a list, rank 0 writes the manifest last.
+
+Asynchronous: `save` copies what the rank holds into memory of its own and returns; a thread does the rest. One save is
+under way at a time.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import struct
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from sci_gpt.errors import CheckpointError
-from sci_gpt.train.checkpoint import FORMAT, MANIFEST, STATE, committed, file_sha256, step_folder, torn
+from sci_gpt.train.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    committed,
+    file_sha256,
+    read_state,
+    sealed,
+    step_folder,
+    step_of,
+    torn,
+)
 from sci_gpt.train.fragments import Holding
+from sci_gpt.train.retention import Retention
+from sci_gpt.train.staging import Staging
 
 _POLL_SECONDS = 0.02
+_LEAVING_SECONDS = 10.0  # for other ranks' parts, when the run has failed meanwhile: they may be dead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A committed checkpoint: after how many steps, how long the save held up training, how long it took in all."""
+
+    step: int
+    blocked_seconds: float
+    seconds: float
 
 
 class CheckpointWriter:
-    """One rank's writer of a run's checkpoints.
+    """One rank's writer of a run's checkpoints. As a context it is left with nothing under way.
 
     Args:
         run: the run folder.
         rank, size: in the world.
         session: a text that all ranks of this start share and no other start has: part lists of an earlier, killed
             attempt at the same step are not mistaken for this one's.
-        keep: committed checkpoints that stay.
+        retention: which committed checkpoints stay.
+        asynchronous: `save` returns when the rank's holding is copied; otherwise when its part is written.
+        told: rank 0 calls it after each commit, from the thread that wrote.
         timeout_seconds: how long rank 0 waits for the other ranks' part lists.
     """
 
     def __init__(
-        self, run: Path, *, rank: int, size: int, session: str, keep: int = 2, timeout_seconds: float = 600.0
+        self,
+        run: Path,
+        *,
+        rank: int,
+        size: int,
+        session: str,
+        retention: Retention | None = None,
+        asynchronous: bool = False,
+        told: Callable[[Saved], None] | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
         self.run, self.rank, self.size, self.session = run, rank, size, session
-        self.keep, self.timeout_seconds = keep, timeout_seconds
+        self.retention, self.asynchronous, self.told = retention or Retention(), asynchronous, told
+        self.timeout_seconds = timeout_seconds
+        self._staging = Staging()
+        self._losses: dict[int, float | None] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._left_at: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self._leave()
+
+    def prepare(self, holding: Holding) -> None:
+        """Take the memory that saves of this size need, so that not even the first one waits for it."""
+        if self.asynchronous:
+            self._staging.reserve(holding)
 
     def save(self, step: int, holding: Holding, *, state: Mapping[str, Any]) -> Path:
-        """Write this rank's part; rank 0 then waits for all parts, commits, and removes the oldest checkpoints.
+        """Write this rank's part; rank 0 then waits for all parts, commits, and removes checkpoints that need not stay.
+
+        Waits for the save before, if that is still under way.
 
         Args:
             step: completed steps.
-            holding: what this rank owns (see `fragments.hold`).
+            holding: what this rank owns (see `fragments.hold`); free to change when this returns.
             state: for state.json (rank 0's is written).
 
         Raises:
             CheckpointError: a rank could not write (a full disk), or its part list did not come in time. The unfinished
-                folder is removed; earlier checkpoints are as they were.
+                folder is removed; earlier checkpoints are as they were. Asynchronous: raised by `check`, by the next
+                save, or by `finish`, whichever comes first.
         """
+        begun = time.monotonic()
+        self.finish()
         folder = step_folder(self.run, step)
         if (folder / MANIFEST).exists():
             raise CheckpointError(f"{folder} is already committed; a step is saved once")
+        if not self.asynchronous:
+            self._write(folder, step, holding=holding, state=state)
+            self._tell(step, begun=begun, freed=time.monotonic())
+            return folder
+        staged, content, freed = self._staging.copy(holding), dict(state), time.monotonic()
+
+        def work() -> None:
+            try:
+                self._write(folder, step, holding=staged, state=content)
+                self._tell(step, begun=begun, freed=freed)
+            except Exception as error:  # noqa: BLE001  whatever it is, the thread that trains must hear of it
+                self._failure = error
+
+        # A daemon: a process that is told to go must not wait here for ranks that are dead.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        return folder
+
+    def check(self) -> None:
+        """Raise what a save in the background has failed of, once; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save that is under way; on rank 0 its checkpoint is committed when this returns.
+
+        Raises:
+            CheckpointError: it failed (see `save`).
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _leave(self) -> None:
+        """The run has failed: let a save under way come to its end, but do not wait long for ranks that may be dead."""
+        self._left_at = time.monotonic()
+        try:
+            self.finish()
+        except Exception as error:  # noqa: BLE001  the error that is under way says why the run ends; this one is beside it
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    def _tell(self, step: int, *, begun: float, freed: float) -> None:
+        if self.told is not None and self.rank == 0:
+            self.told(Saved(step=step, blocked_seconds=freed - begun, seconds=time.monotonic() - begun))
+
+    def _write(self, folder: Path, step: int, *, holding: Holding, state: Mapping[str, Any]) -> None:
+        cause: OSError | None = None
         try:
             self._write_part(folder, holding)
-            cause = None
-        except OSError as error:
-            cause = error
+        except Exception as error:
             self._leave_failure(folder, error)
+            if not isinstance(error, OSError):
+                raise
+            cause = error
         if self.rank == 0:
             self._commit(folder, step, holding=holding, state=state, own_failure=cause)
             self._retire()
         elif cause is not None:
             raise self._failed(folder, str(cause)) from cause
-        return folder
 
     @staticmethod
     def remove_torn(run: Path) -> list[Path]:
@@ -94,7 +212,7 @@ class CheckpointWriter:
     def _part_list(self, folder: Path, rank: int) -> Path:
         return folder / f"rank-{rank:05d}.parts.json"
 
-    def _leave_failure(self, folder: Path, error: OSError) -> None:
+    def _leave_failure(self, folder: Path, error: Exception) -> None:
         """Free this rank's share of the disk and leave a note that rank 0 finds at once instead of waiting."""
         for path in folder.glob(f"rank-{self.rank:05d}.*"):
             path.unlink(missing_ok=True)
@@ -122,7 +240,7 @@ class CheckpointWriter:
                 "parts": parts,
                 "state_sha256": file_sha256(folder / STATE),
             }
-            _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _write_durably(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise self._failed(folder, str(error)) from error
@@ -132,7 +250,7 @@ class CheckpointWriter:
 
     def _await_parts(self, folder: Path, own_failure: OSError | None) -> tuple[list[dict[str, str]], set[float]]:
         """The part lists of this session, in rank order, and Adam's step counters in them."""
-        deadline = time.monotonic() + self.timeout_seconds
+        begun = time.monotonic()
         parts: dict[int, dict[str, str]] = {}
         steps: set[float] = set()
         failures: dict[int, str] = {} if own_failure is None else {self.rank: str(own_failure)}
@@ -146,14 +264,20 @@ class CheckpointWriter:
                 if note.exists():
                     failures[rank] = note.read_text(encoding="utf-8") or "it could not write its part"
             if len(parts) + len(failures) < self.size:
-                if time.monotonic() > deadline:
+                if time.monotonic() > self._deadline(begun):
                     missing = sorted(set(range(self.size)) - parts.keys() - failures.keys())
-                    raise self._failed(folder, f"ranks {missing} left no part list in {self.timeout_seconds:g} s")
+                    waited = f"{time.monotonic() - begun:.1f} s"
+                    raise self._failed(folder, f"ranks {missing} left no part list in {waited}")
                 time.sleep(_POLL_SECONDS)
         if failures:
             rank = min(failures)
             raise self._failed(folder, f"rank {rank}: {failures[rank]}")
         return [parts[rank] for rank in range(self.size)], steps
+
+    def _deadline(self, begun: float) -> float:
+        """Until when rank 0 waits, from `begun` on, for the others' part lists."""
+        deadline = begun + self.timeout_seconds
+        return deadline if self._left_at is None else min(deadline, max(begun, self._left_at) + _LEAVING_SECONDS)
 
     def _failed(self, folder: Path, cause: str) -> CheckpointError:
         before = [path.name for path in committed(self.run) if path != folder]
@@ -161,10 +285,24 @@ class CheckpointWriter:
         return CheckpointError(f"checkpoint {folder} was not written: {cause}; make room on the disk: {rest}")
 
     def _retire(self) -> None:
-        """Remove all but the newest `keep`; the manifest goes first, so that a half-removed folder is no checkpoint."""
-        for folder in committed(self.run)[: -self.keep]:
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+        """Remove what need not stay; the manifest goes first, so that a half-removed folder is no checkpoint."""
+        folders = {step_of(folder) or 0: folder for folder in committed(self.run)}
+        stay = self.retention.kept({step: self._loss(step, folder) for step, folder in folders.items()})
+        for step, folder in folders.items():
+            if step not in stay:
+                (folder / MANIFEST).unlink()
+                shutil.rmtree(folder)
+
+    def _loss(self, step: int, folder: Path) -> float | None:
+        """The validation loss in a checkpoint's state; read once, and only where it decides anything."""
+        if self.retention.best == 0:
+            return None
+        if step not in self._losses:
+            try:
+                self._losses[step] = (read_state(folder).get("validation") or {}).get("loss")
+            except CheckpointError:  # a damaged one is not among the best; the next start says so
+                self._losses[step] = None
+        return self._losses[step]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -174,7 +312,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     writer neither streams nor hashes: a checksum would read every checkpoint again.
 
     Raises:
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or refuses; where less is free than the file needs, before anything is written.
     """
     header: dict[str, Any] = {}
     position = 0
@@ -186,6 +324,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    need, free = 8 + len(text) + position, shutil.disk_usage(path.parent).free
+    if free < need:  # not found out by filling the disk, on which the run's logs are written meanwhile
+        cause = f"{os.strerror(errno.ENOSPC)}: {need / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, cause, str(path))
     digest = hashlib.sha256()
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:

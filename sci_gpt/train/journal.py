@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from sci_gpt.train.commit import Saved
 from sci_gpt.train.feed import StepRows
 from sci_gpt.train.run_folder import LOG, LineLog, keys_log, read_lines
 from sci_gpt.train.tracker import Tracker
@@ -50,6 +51,12 @@ class Progress:
             flush=True,
         )
 
+    def saved(self, saved: Saved) -> None:
+        """Print how long a checkpoint held up training, and how long it took; called from the thread that wrote it."""
+        line = f"step {saved.step}/{self.steps} | checkpoint: training waited {saved.blocked_seconds:.2f} s"
+        self.stream.write(f"{line}, committed after {saved.seconds:.2f} s\n")  # in one piece, beside the other lines
+        self.stream.flush()
+
     def end(self, wait_seconds: float, seconds: float) -> None:
         """Print the share of the run's steps that was waiting for data."""
         share = 100 * wait_seconds / seconds
@@ -85,6 +92,7 @@ class RunJournal:
 
     def __init__(self, run: Path, *, rank: int, progress: Progress, tracker: Tracker | None) -> None:
         self.rank, self.progress, self.tracker = rank, progress, tracker
+        self.validated: tuple[int, dict[str, dict[str, float]]] | None = None  # the last: step and scores
         self._run = run
         self._keys = LineLog(keys_log(run, rank))
         self._log = LineLog(run / LOG) if rank == 0 else None
@@ -104,6 +112,7 @@ class RunJournal:
 
     def validation(self, step: int, scores: dict[str, dict[str, float]]) -> None:
         """Scores of the validation split after a step."""
+        self.validated = (step, scores)
         if self._log is None:
             return
         self._log.append({"step": step, "validation": scores})

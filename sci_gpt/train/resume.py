@@ -1,7 +1,8 @@
-"""Resume: what must be equal between a checkpoint and the run that wants to go on from it, and the code version."""
+"""Resume: the newest whole checkpoint, what must be equal between it and the run that goes on, and the code version."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sci_gpt.errors import CheckpointError
-from sci_gpt.train.checkpoint import latest, read_state
+from sci_gpt.parallel.world import World
+from sci_gpt.train.checkpoint import committed, damage, read_state
 from sci_gpt.train.tracker import flatten
 
 _SHOWN = 4
@@ -26,32 +28,73 @@ class Start:
         step: completed ones.
         next_sample: n(t), the first sample not eaten.
         phase_starts: first samples of the phases of which something was eaten.
+        validation: {"step", "loss"} of the last validation at or before that step, None where there was none.
+        damaged: newer checkpoints that are passed over, newest first, each with what is wrong with it.
     """
 
     checkpoint: Path | None
     step: int
     next_sample: int
     phase_starts: tuple[int, ...] = (0,)
+    validation: Mapping[str, Any] | None = None
+    damaged: tuple[tuple[Path, str], ...] = ()
 
 
-def where_to_go_on(run: Path, identity: Mapping[str, Any]) -> Start:
-    """The newest checkpoint of a run folder, if it is of this run; nothing is written.
+def where_to_go_on(
+    run: Path, identity: Mapping[str, Any], *, world: World | None = None, contents: bool = True
+) -> Start:
+    """The newest checkpoint of a run folder that is whole, if it is of this run; nothing is written.
+
+    Every byte of a checkpoint is read and hashed before it is chosen.
+
+    Args:
+        run: the run folder.
+        identity: of the run that is starting (see `check_same_run`).
+        world: a collective: its ranks share the reading, and all get the same answer.
+        contents: False: verify only the small files (manifest, state, part lists); the answer is a first one.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another run (see `check_same_run`).
+        CheckpointError: there are checkpoints and none is whole; or the newest whole one is of another run.
     """
-    checkpoint = latest(run)
-    if checkpoint is None:
-        return Start(checkpoint=None, step=0, next_sample=0)
-    state = read_state(checkpoint)
-    step = int(state["step"])
-    check_same_run(eaten(with_old_model(state["identity"]), step), eaten(identity, step), checkpoint=checkpoint)
-    return Start(
-        checkpoint=checkpoint,
-        step=step,
-        next_sample=int(state["next_sample"]),
-        phase_starts=tuple(int(n) for n in state["phase_starts"]),
-    )
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(_candidates(run, world)):
+        found = _damage(checkpoint, world, contents=contents)
+        if found is None:
+            state = read_state(checkpoint)
+            step = int(state["step"])
+            saved = eaten(with_old_model(state["identity"]), step)
+            check_same_run(saved, eaten(identity, step), checkpoint=checkpoint)
+            return Start(
+                checkpoint=checkpoint,
+                step=step,
+                next_sample=int(state["next_sample"]),
+                phase_starts=tuple(int(n) for n in state["phase_starts"]),
+                validation=state.get("validation"),
+                damaged=tuple(damaged),
+            )
+        damaged.append((checkpoint, found))
+    if damaged:
+        listed = "; ".join(found for _, found in damaged)
+        raise CheckpointError(
+            f"no checkpoint of {run} is whole: {listed}; put a copy of one back, or move {run / 'checkpoints'} away to "
+            "train anew"
+        )
+    return Start(checkpoint=None, step=0, next_sample=0)
+
+
+def _candidates(run: Path, world: World | None) -> list[Path]:
+    """The run's checkpoints, oldest first, as rank 0 sees them."""
+    names = [path.name for path in committed(run)]
+    if world is not None:
+        names = json.loads(world.share(json.dumps(names)))
+    return [run / "checkpoints" / name for name in names]
+
+
+def _damage(checkpoint: Path, world: World | None, *, contents: bool) -> str | None:
+    if world is None:
+        return damage(checkpoint, contents=contents)
+    mine = damage(checkpoint, contents=contents, share=(world.rank, world.size))
+    return next((found for found in world.gather_texts(mine or "") if found), None)
 
 
 def with_old_model(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,16 @@ def cut_back(run: Path, step: int) -> None:
         (run / name).unlink(missing_ok=True)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name that no checkpoint has, so that it is kept and never taken for one."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    return checkpoint.rename(aside)
+
+
 def write_marker(run: Path, name: str, *, content: Mapping[str, Any]) -> None:
     """Write a small JSON file in one piece."""
     write_whole(run / name, json.dumps(content))

@@ -68,10 +68,11 @@ class Parts:
 
     Attributes:
         engine, feed, objective, journal: see their classes.
-        save: (completed steps, next sample) -> None writes a checkpoint; called by every rank.
+        save: (completed steps, next sample) -> None writes a checkpoint, or begins to; called by every rank.
         validate: model -> {modality: {"loss", "skill"}}; called by every rank.
         requests: signals.
         name: of a sample number, for messages.
+        check: called after every step; raises what a save that was begun has failed of.
     """
 
     engine: Engine
@@ -82,6 +83,7 @@ class Parts:
     validate: Callable[[nn.Module], Scores]
     requests: Requests
     name: Callable[[int], str]
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,7 @@ class Trainer:
         self._causes: Counter[str] = Counter()
 
     def run(self) -> Outcome:
-        """Train; a checkpoint of the last completed step is committed when this returns.
+        """Train; a checkpoint of the last completed step is saved, or being saved, when this returns.
 
         Raises:
             ConfigError: ten steps in a row had a loss or gradient that was not finite.
@@ -152,6 +154,7 @@ class Trainer:
         settings, stopped = self.settings, False
         while self.step < settings.schedule.steps and not stopped:
             agreement = self._train_step()
+            self.parts.check()
             last = self.step == settings.schedule.steps
             stopped = agreement.stop and not last
             validate = last or self.step % settings.validate_every == 0
