@@ -29,13 +29,16 @@ from sci_gpt.train import fragments
 from sci_gpt.train.checkpoint import Reader, step_folder
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import Prefetch, StepReader
-from sci_gpt.train.journal import Progress, RunJournal, history
+from sci_gpt.train.journal import Progress, RunJournal, history, recent_losses
 from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.resume import Start, code_version, where_to_go_on
 from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, write_marker, write_whole
+from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.signals import Requests
+from sci_gpt.train.spikes import WINDOW, Spikes
 from sci_gpt.train.tracker import Tracker
 from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
+from sci_gpt.train.watchdog import Watchdog, set_aside
 from sci_tokenizers.statistics import statistics_to_json
 from sci_tokenizers.variables import BUILT_IN
 
@@ -57,7 +60,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     model = _model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
-    world = World.start(threads=config.parallel.threads_per_process)
+    world = _join(config)
     initialize(model, config.seed)
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
@@ -74,6 +77,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=Progress(schedule.steps), tracker=tracker)
+        watch = stack.enter_context(_watchdog(config, world))
         trainer = Trainer(
             Parts(
                 engine=engine,
@@ -84,18 +88,15 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 validate=validation,
                 requests=requests,
                 name=curriculum.name,
+                watch=watch,
+                spikes=Spikes(recent_losses(config.output, WINDOW)),
             ),
-            Settings(
-                schedule=schedule,
-                factor=factor,
-                checkpoint_every=config.checkpoint.every,
-                validate_every=config.validation.every,
-                most_passed_over=config.reading.most_passed_over,
-            ),
+            _settings(config, schedule=schedule, factor=factor),
             step=start.step,
             next_sample=start.next_sample,
         )
         outcome = trainer.run()
+        watch.close()
         journal.close()
         if tracker is not None:
             _mark_end(config.output, outcome)
@@ -141,6 +142,7 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     if world.rank == 0:
         stack.enter_context(locked(config.output))
         cut_back(config.output, step)
+        set_aside(config.output)
         write_whole(config.output / CONFIG, show_config(config))
         for folder in CheckpointWriter.remove_torn(config.output):
             print(
@@ -152,6 +154,26 @@ def _open_run(config: PretrainConfig, world: World, *, stack: ExitStack, step: i
     return CheckpointWriter(
         config.output, rank=world.rank, size=world.size, session=session, keep=config.checkpoint.keep
     )
+
+
+def _join(config: PretrainConfig) -> World:
+    # Longer than the watchdog's limit: it says more than a collective that gives up.
+    patience = max(600.0, 2 * config.watch.hang_seconds)
+    return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
+
+
+def _settings(config: PretrainConfig, *, schedule: Schedule, factor: dict[str, float]) -> Settings:
+    return Settings(
+        schedule=schedule,
+        factor=factor,
+        checkpoint_every=config.checkpoint.every,
+        validate_every=config.validation.every,
+        most_passed_over=config.reading.most_passed_over,
+    )
+
+
+def _watchdog(config: PretrainConfig, world: World) -> Watchdog:
+    return Watchdog(config.output, rank=world.rank, size=world.size, limit_seconds=config.watch.hang_seconds)
 
 
 def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: Start) -> Prefetch:
