@@ -181,7 +181,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path: Path, capfd: pyt
     losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(losses) == [(1, 9.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert len(client.search_runs([run.info.experiment_id])) == 1
-    assert capfd.readouterr().err.splitlines()[-1].endswith("is back; 4 records of the time without it are written")
+    assert capfd.readouterr().out.splitlines()[-1].endswith("is back; 4 records of the time without it are written")
 
 
 def test_a_server_lost_between_two_batches_gets_each_record_once(

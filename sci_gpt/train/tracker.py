@@ -130,7 +130,6 @@ class Tracker:
                 self._lost = False
                 print(
                     f"tracking at {self.target.uri} is back; {count} records of the time without it are written",
-                    file=sys.stderr,
                     flush=True,
                 )
             done = True
