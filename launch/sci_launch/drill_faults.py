@@ -111,6 +111,8 @@ def go_on(bench: Bench, config: PretrainConfig, *, at: float, done: int, failure
     Raises:
         DrillError: the run did not go on from a checkpoint, or not to the end.
     """
+    if done >= bench.steps:
+        raise DrillError(f"all {done} steps were done before the fault came: give more --steps")
     start = bench.start(config)
     began = start.wait_for_new_step(done)
     start.wait(code=0)
@@ -342,7 +344,7 @@ FAULTS: dict[str, Fault] = {
     "kill-rank": Fault(summary="SIGKILL of one rank", run=kill_rank),
     "kill-all": Fault(summary="SIGKILL of the launcher and all ranks", run=kill_all),
     "layout": Fault(
-        summary="resume with other processes, ZeRO stage and accumulation", run=layout, loss=1e-5, weight=1e-5, lost=0
+        summary="resume with other processes, ZeRO stage and accumulation", run=layout, loss=1e-5, weight=1e-4, lost=0
     ),
     "corrupt": Fault(summary="one bit of the newest checkpoint is flipped", run=corrupt),
     "hang": Fault(summary="SIGSTOP of one rank", run=hang),

@@ -14,6 +14,7 @@ from sci_gpt.train.feed import StepRows
 from sci_gpt.train.run_folder import LOG, LineLog, keys_log, read_lines
 from sci_gpt.train.tracker import Tracker
 
+_FEWEST = 5  # steps that tell something about a rank
 _NOTABLY = 1.2  # times the mean of the ranks: then the progress line names the slowest
 _TAIL_BYTES = 1 << 18  # of a log that may be long
 
@@ -87,7 +88,7 @@ def _slow_rank(steps: Sequence[Mapping[str, float] | None]) -> str | None:
     """The rank that was slowest in most of the steps, where the slowest took notably longer than the mean."""
     known = [step for step in steps if step is not None]
     mean, most = sum(step["mean"] for step in known), sum(step["max"] for step in known)
-    if most <= _NOTABLY * mean:
+    if len(known) < _FEWEST or most <= _NOTABLY * mean:
         return None
     (rank, count), *_ = Counter(int(step["slowest"]) for step in known).most_common(1)
     return f"slowest rank {rank} ({most / mean:.1f} x the mean)" if 2 * count > len(known) else None
