@@ -205,9 +205,13 @@ def test_a_server_lost_between_two_batches_gets_each_record_once(
         tracker._client, tracker._run_id = Client(), "7"
 
     monkeypatch.setattr(Tracker, "_open", opened)
+    monkeypatch.setattr("sci_gpt.train.tracker._FLUSH_SECONDS", 0.1)
     target = TrackingTarget(uri="http://nowhere", artifacts="a", experiment="e", run_name="r")
     tracker = Tracker(target, tmp_path, parameters={}, tags={})
     for step in range(4):  # 600 metrics each: one record to a call
         tracker.metrics(step, {f"m{k}": 0.0 for k in range(600)})
+    while not tracker.failures:
+        time.sleep(0.01)
+    tracker.metrics(4, {f"m{k}": 0.0 for k in range(600)})
     tracker.close()
-    assert got == [step for step in range(4) for _ in range(600)] + [-1] and tracker.failures == 1
+    assert got == [step for step in range(5) for _ in range(600)] + [-1] and tracker.failures == 1
