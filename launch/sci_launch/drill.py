@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import parse_config, show_config
-from sci_gpt.errors import ConfigError
+from sci_gpt.errors import ConfigError, SciGptError
 from sci_gpt.train.run_folder import CONFIG, LOG, read_complete, read_lines, write_whole
 from sci_launch.drill_faults import FAULTS, Bench
 from sci_launch.drill_run import DrillError, Start
@@ -155,8 +156,9 @@ def _row(name: str, bench: Bench) -> dict[str, Any]:
     row: dict[str, Any] = {"fault": name, "passed": False, **dict.fromkeys(_COLUMNS)}
     try:
         result = fault.run(bench)
-    except (DrillError, ConfigError) as error:
+    except (DrillError, SciGptError) as error:
         row["why"] = str(error)
+        Start.end_all()
     else:
         failures = fault.failures(result, every=bench.every)
         difference = result.difference
@@ -189,11 +191,15 @@ def _prepare(straight: PretrainConfig, *, keep: bool) -> None:
 
 def run(config: PretrainConfig, options: Options) -> tuple[dict[str, Any], int]:
     """The result, and the exit code: 0 where every fault passed, else 1 and a line on stderr for each other."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are ended, too
     try:
         result = drill(config, options)
     except DrillError as error:
         print(f"sci-gpt: drill: {' '.join(str(error).split())}", file=sys.stderr)
         return {"faults": []}, 1
+    finally:
+        Start.end_all()
+        signal.signal(signal.SIGTERM, before)
     lines = failed(result)
     for line in lines:
         print(f"sci-gpt: {line}", file=sys.stderr, flush=True)

@@ -147,7 +147,7 @@ def kill_rank(bench: Bench) -> Result:
     victim, at = start.workers()[-1], time.monotonic()
     victim.kill()
     start.wait(code=1)
-    said = "was killed by SIGKILL" in start.text or "closed by peer" in start.text
+    said = "was killed by SIGKILL" in start.text or "by peer" in start.text
     failures = () if said else (f"the launcher does not say how the run ended: {start.last_lines()}",)
     return go_on(bench, config, at=at, done=completed(config.output), failures=failures)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, ClassVar, Self
 
 import psutil
 
@@ -40,6 +40,8 @@ class Start:
     Attributes:
         patience_seconds: after that a run that has not ended is killed.
     """
+
+    alive: ClassVar[list[Start]] = []
 
     config: PretrainConfig
     process: subprocess.Popen[bytes]
@@ -71,7 +73,17 @@ class Start:
                 start_new_session=True,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
-        return cls(config=config, process=process, output=output, patience_seconds=patience_seconds)
+        start = cls(config=config, process=process, output=output, patience_seconds=patience_seconds)
+        cls.alive.append(start)
+        return start
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kill every run that is still there: a drill that ends early leaves none behind."""
+        for start in cls.alive:
+            if start.process.poll() is None:
+                start.kill()
+        cls.alive.clear()
 
     @property
     def text(self) -> str:
