@@ -1,4 +1,4 @@
-"""The part of the configuration tree that decides what a model is: tokens, shape, attention, noise."""
+"""Parts of the configuration tree: what decides a model (tokens, shape, attention, noise), and how a run is watched."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ class Node(BaseModel):
     """A part of the tree: frozen, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class WatchConfig(Node):
+    """A run in which nothing moves for `hang_seconds` says where every process stands, and ends; a step, a validation
+    or a save must not take as long."""
+
+    hang_seconds: float = Field(default=300.0, gt=0)
 
 
 class TokenizerConfig(Node):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -158,3 +159,59 @@ def test_what_mlflow_lacks_of_the_history_is_written_once(tmp_path: Path) -> Non
     losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(losses) == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert run.data.metrics["validation/grid/skill"] == 0.5
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No server at the start: its folder is a file. When that is gone, the run of before is there once and whole."""
+    (tmp_path / "mlflow").write_text("")
+    target = TrackingTarget(
+        uri=f"sqlite:///{tmp_path}/mlflow/a.db", artifacts=str(tmp_path / "artifacts"), experiment="e", run_name="r"
+    )
+    tracker = Tracker(target, tmp_path, parameters={"a": 1}, tags={}, history=[(1, {"loss": 9.0})])
+    for step in (2, 3):
+        tracker.metrics(step, {"loss": 1.0 * step})
+    while not tracker.failures:
+        time.sleep(0.05)
+    (tmp_path / "mlflow").unlink()
+    tracker.metrics(4, {"loss": 4.0})
+    tracker.close()
+    client = MlflowClient(target.uri)
+    run = client.get_run(str(tracker.run_id))
+    assert run.info.status == "FINISHED" and run.data.params == {"a": "1"}
+    losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(losses) == [(1, 9.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    assert capfd.readouterr().out.splitlines()[-1].endswith("is back; 4 records of the time without it are written")
+
+
+def test_a_server_lost_between_two_batches_gets_each_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call fails: what the first one brought is not sent again, and nothing of the second is lost."""
+    got: list[int] = []
+    calls: list[int] = []
+
+    class Client:
+        def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+            calls.append(len(metrics))
+            if len(calls) == 2:
+                raise ConnectionError("gone")
+            got.extend(metric.step for metric in metrics if metric.key.startswith("m"))
+
+        def set_terminated(self, run_id: str, status: str) -> None:
+            got.append(-1)
+
+    def opened(tracker: Tracker) -> None:
+        tracker._client, tracker._run_id = Client(), "7"
+
+    monkeypatch.setattr(Tracker, "_open", opened)
+    monkeypatch.setattr("sci_gpt.train.tracker._FLUSH_SECONDS", 0.1)
+    target = TrackingTarget(uri="http://nowhere", artifacts="a", experiment="e", run_name="r")
+    tracker = Tracker(target, tmp_path, parameters={}, tags={})
+    for step in range(4):  # 600 metrics each: one record to a call
+        tracker.metrics(step, {f"m{k}": 0.0 for k in range(600)})
+    while not tracker.failures:
+        time.sleep(0.01)
+    tracker.metrics(4, {f"m{k}": 0.0 for k in range(600)})
+    tracker.close()
+    assert got == [step for step in range(5) for _ in range(600)] + [-1] and tracker.failures == 1

@@ -268,3 +268,47 @@ def fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the refits' weights (default 0)")
     json_argument(parser)
+
+
+def drill_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `sci-gpt drill`."""
+    config_and_json(parser)
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, help="of the drill's runs; left out: runs/NAME-drill; it is emptied"
+    )
+    parser.add_argument("--steps", metavar="N", type=int, default=24, help="of every run (default 24)")
+    parser.add_argument(
+        "--processes", metavar="N", type=int, help="of every run, 2 or more, in place of parallel.processes"
+    )
+    parser.add_argument(
+        "--faults", metavar="NAME,NAME,..", help=f"some of {', '.join(DRILL_FAULTS)} (left out: all of them)"
+    )
+    parser.add_argument(
+        "--keep-straight", action="store_true", help="take the straight run that the last drill left in the folder"
+    )
+    parser.add_argument(
+        "--hang-seconds",
+        metavar="S",
+        type=float,
+        default=20.0,
+        help="after so long a stopped rank counts as a hang (default 20, and never less than 10 steps)",
+    )
+    parser.epilog = f"{parser.epilog or ''}\n\n{DRILL_LIMITS}"
+
+
+DRILL_FAULTS = ("sigterm", "kill-rank", "kill-all", "layout", "corrupt", "hang", "non-finite", "tracking")
+DRILL_LIMITS = """\
+a fault is passed when, against the straight run,
+  losses of all steps and final weights   bit-equal; after layout losses within 1e-5, weights within 1e-4 of the largest
+                                          of their tensor (Adam makes rounding of small gradients larger)
+  samples of every step                   none missing, repeated or extra (keys_differ 0)
+  steps done twice (steps_lost)           at most checkpoint.every; none after sigterm, layout, non-finite, tracking
+and what belongs to it happened: sigterm leaves the marker `requeue`; kill-rank is said; corrupt goes on from the
+checkpoint before, and says so; hang is ended without help, and its report names the stopped rank; non-finite skips one
+step, names its rows and leaves the weights alone; tracking loses no metric.
+exit code: 0 all passed, 1 one did not (stderr names it), 2 refused configuration"""
+
+
+def drill_faults(parsed: argparse.Namespace) -> tuple[str, ...]:
+    """What --faults asks for; all of them where it is left out."""
+    return DRILL_FAULTS if parsed.faults is None else tuple(name for name in parsed.faults.split(",") if name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import os
 import sys
 import warnings
@@ -12,15 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sci_gpt.errors import ConfigError, DataError, SciGptError
+from sci_gpt.errors import ConfigError, DataError
 from sci_launch import arguments
+from sci_launch.refusals import for_a_person
 from sci_launch.results import print_result, progress, progress_of_processes
 
 if TYPE_CHECKING:
     from sci_gpt.config import Node
 
 Kind = TypeVar("Kind", bound="Node")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NETCDF = dict.fromkeys((".nc", ".nc4", ".cdf"), "netcdf")
 _FAMILY_OF_ENDING = _NETCDF | {".csv": "csv", ".dly": "ghcn", ".mseed": "miniseed"}
 
@@ -51,35 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 0
     except Exception as error:
-        message = _for_a_person(error)
+        message = for_a_person(error)
         if message is None:
             raise
         print(f"sci-gpt: {' '.join(message.split())}", file=sys.stderr)
         return 2
-
-
-def _for_a_person(error: Exception) -> str | None:
-    """The one line for an error that the user can mend; None for a defect of ours, which keeps its traceback."""
-    # These load numpy, which `--help` does not need.
-    from sci_tokenizers import packing, quantizer, sample, tokenizer, tokens, variables
-
-    of_data = (sample.SampleError, variables.UnitError, variables.UnknownVariableError, tokenizer.TokenizerError)
-    of_tokens = (tokens.TokensError, packing.PackingError, quantizer.QuantizerError)
-    if isinstance(error, (SciGptError, *of_data, *of_tokens)):
-        return str(error)
-    full = isinstance(error, OSError) and error.errno in _DISK_FULL
-    # Libraries in C and Rust (HDF5, SQLite, safetensors) report a full disk in words of their own.
-    words = ("no space left on device", "os error 28", "disk is full", "disk quota exceeded", "file too large")
-    if full or any(word in str(error).lower() for word in words):
-        where = getattr(error, "filename", None)
-        return (
-            f"no space left while writing {str(where)!r}: free some space or choose another output folder"
-            if where
-            else f"no space left on the output's disk ({error}): free some space or choose another output folder"
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename!r}: {error.strerror}; check the path and its permissions"
-    return None
 
 
 def parser() -> arguments.Parser:
@@ -192,6 +167,22 @@ def _launch(parsed: argparse.Namespace) -> int:
 
     launch(config, Wishes(**wishes), dry_run=parsed.dry_run)
     return 0
+
+
+def _drill(parsed: argparse.Namespace) -> int:
+    from sci_gpt.config import PretrainConfig
+
+    config = _config(parsed, PretrainConfig, overrides=parsed.overrides)
+    if config is None:
+        return 0
+    from sci_launch.drill import Options, run
+
+    asked = {name: getattr(parsed, name) for name in ("output", "processes", "keep_straight", "hang_seconds")}
+    with progress(parsed.json):
+        result, code = run(config, Options(**asked, steps=parsed.steps, faults=arguments.drill_faults(parsed)))
+    if parsed.json:
+        print_result(result, as_json=True)
+    return code
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
@@ -360,6 +351,12 @@ COMMANDS: dict[str, Command] = {
         example="sci-gpt launch configs/pretrain/quickstart.yaml --on slurm --nodes 2 --dry-run",
         arguments=arguments.launch_arguments,
         run=_launch,
+    ),
+    "drill": Command(
+        summary="kill, stop, cut and spoil a short run on purpose; does it go on as if nothing had been?",
+        example="sci-gpt drill configs/pretrain/quickstart.yaml --processes 4",
+        arguments=arguments.drill_arguments,
+        run=_drill,
     ),
     "sweep": Command(
         summary="train sizes x token budgets, finished points only once, and fit a law to their validation losses",

@@ -31,14 +31,16 @@ from sci_gpt.train import fragments
 from sci_gpt.train.checkpoint import Reader, committed, step_folder
 from sci_gpt.train.commit import CheckpointWriter, Saved
 from sci_gpt.train.feed import Prefetch, StepReader
-from sci_gpt.train.journal import Progress, RunJournal, history
+from sci_gpt.train.journal import Progress, RunJournal, history, recent_losses
 from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.resume import Start, code_version, where_to_go_on
 from sci_gpt.train.retention import Retention, validation_loss
 from sci_gpt.train.run_folder import COMPLETE, CONFIG, REQUEUE, cut_back, locked, set_aside, write_marker, write_whole
 from sci_gpt.train.signals import Requests
+from sci_gpt.train.spikes import WINDOW, Spikes
 from sci_gpt.train.tracker import Tracker
 from sci_gpt.train.trainer import Outcome, Parts, Settings, Trainer
+from sci_gpt.train.watchdog import Watchdog, set_reports_aside
 from sci_tokenizers.statistics import statistics_to_json
 from sci_tokenizers.variables import BUILT_IN
 
@@ -61,7 +63,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
     rates = rate_factors(model)
-    world = World.start(threads=config.parallel.threads_per_process)
+    world = _join(config)
     start = where_to_go_on(config.output, identity, world=world)  # every byte, which all ranks together can read
     groups = Groups.join(plan, world)
     place(model, groups, world=world, seed=config.seed)
@@ -81,6 +83,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
+        watch = stack.enter_context(_watchdog(config, world))
         validated = partial(_validated, journal, factor=factor, before=start.validation)
         save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)
         trainer = Trainer(
@@ -94,6 +97,8 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 requests=requests,
                 name=curriculum.name,
                 check=writer.check,
+                watch=watch,
+                spikes=Spikes(recent_losses(config.output, WINDOW)),
             ),
             _settings(config),
             step=start.step,
@@ -101,6 +106,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         )
         outcome = trainer.run()
         writer.finish()  # before any marker says that the last checkpoint is there
+        watch.close()
         journal.close()
         if tracker is not None:
             _mark_end(config.output, outcome)
@@ -166,6 +172,7 @@ def _open_run(
     if world.rank == 0:
         stack.enter_context(locked(config.output))
         cut_back(config.output, start.step)
+        set_reports_aside(config.output)
         write_whole(config.output / CONFIG, show_config(config))
         for folder, found in start.damaged:
             aside = set_aside(folder)
@@ -188,6 +195,16 @@ def _open_run(
 
 def _warn(what: str) -> None:
     print(f"warning: {what}", file=sys.stderr, flush=True)
+
+
+def _join(config: PretrainConfig) -> World:
+    # Longer than the watchdog's limit: it says more than a collective that gives up.
+    patience = max(600.0, 2 * config.watch.hang_seconds)
+    return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
+
+
+def _watchdog(config: PretrainConfig, world: World) -> Watchdog:
+    return Watchdog(config.output, rank=world.rank, size=world.size, limit_seconds=config.watch.hang_seconds)
 
 
 def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: Start) -> Prefetch:

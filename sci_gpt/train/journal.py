@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +14,10 @@ from sci_gpt.train.commit import Saved
 from sci_gpt.train.feed import StepRows
 from sci_gpt.train.run_folder import LOG, LineLog, keys_log, read_lines
 from sci_gpt.train.tracker import Tracker
+
+_FEWEST = 5  # steps that tell something about a rank
+_NOTABLY = 1.2  # times the mean of the ranks: then the progress line names the slowest
+_TAIL_BYTES = 1 << 18  # of a log that may be long
 
 
 class Progress:
@@ -35,6 +41,7 @@ class Progress:
         self._tokens += record["tokens"]
         self._wait += record["wait_seconds"]
         self._counted += 1
+        self._slow.append(record.get("step_seconds"))
         if now - self._since >= self.every_seconds or record["step"] == self.steps:
             print(self.line(record, now - self._since), file=self.stream, flush=True)
             self._restart(now)
@@ -73,12 +80,25 @@ class Progress:
             f"loss {loss}",
             f"waits for data {100 * self._wait / seconds:.1f} %",
         ]
+        if slow := _slow_rank(self._slow):
+            parts.append(slow)
         if self.skill:
             parts.insert(4, "skill " + " ".join(f"{name} {value:+.3f}" for name, value in sorted(self.skill.items())))
         return " | ".join(parts)
 
     def _restart(self, now: float) -> None:
         self._since, self._tokens, self._wait, self._counted = now, 0, 0.0, 0
+        self._slow: list[Mapping[str, float] | None] = []
+
+
+def _slow_rank(steps: Sequence[Mapping[str, float] | None]) -> str | None:
+    """The rank that was slowest in most of the steps, where the slowest took notably longer than the mean."""
+    known = [step for step in steps if step is not None]
+    mean, most = sum(step["mean"] for step in known), sum(step["max"] for step in known)
+    if len(known) < _FEWEST or most <= _NOTABLY * mean:
+        return None
+    (rank, count), *_ = Counter(int(step["slowest"]) for step in known).most_common(1)
+    return f"slowest rank {rank} ({most / mean:.1f} x the mean)" if 2 * count > len(known) else None
 
 
 class RunJournal:
@@ -139,6 +159,19 @@ def history(run: Path) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
+def recent_losses(run: Path, count: int) -> list[float | None]:
+    """Losses of the last steps in a run's log, oldest first; only the log's end is read."""
+    path = run / LOG
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().split(b"\n")[size > _TAIL_BYTES : -1]
+    rows = [row for row in map(json.loads, lines) if "validation" not in row]
+    return [row["loss"] for row in rows[-count:]]
+
+
 def validation_metrics(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Scores of a validation under one flat name each."""
     return {f"validation/{name}/{key}": value for name, score in scores.items() for key, value in score.items()}
@@ -158,4 +191,5 @@ def step_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         "skipped": float(not record["applied"]),
     }
     metrics |= {f"loss/{name}": value for name, value in record["losses"].items()}
+    metrics |= {f"step_seconds/{name}": value for name, value in record.get("step_seconds", {}).items()}
     return {name: float(value) for name, value in metrics.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Tracker: the run in MLflow, written by a background thread; a failure of it never stops or slows training."""
+"""Tracker: the run in MLflow, written by a background thread; what a lost server missed is sent when it is back."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 _FLUSH_SECONDS = 3.0
 _BATCH = 900  # MLflow takes at most 1000 metrics in one call
 _CLOSE_SECONDS = 60.0
+_LAST_TRIES = 4  # at the end of a run whose server is gone, a few seconds apart
+_MOST_UNSENT = 20_000  # records kept for a server that is gone; the run's own log has all of them
 _LONGEST_VALUE = 500
 
 
@@ -78,6 +80,9 @@ class Tracker:
         self._queue: queue.Queue[_Metrics | str] = queue.Queue()
         self._client: Any = None
         self._run_id: str | None = None
+        self._parameters_due = False
+        self._unsent: list[_Metrics] = []
+        self._lost = False
         self._process = psutil.Process()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
@@ -101,15 +106,34 @@ class Tracker:
     def _work(self) -> None:
         with self._guarded():
             self._open()
-        status, step = None, 0
+        status = None
         while status is None:
             waiting, status = self._collect()
-            step = waiting[-1].step if waiting else step
-            with self._guarded():
-                self._log(waiting, step)
+            self._unsent = (self._unsent + waiting)[-_MOST_UNSENT:]
+            self._send()
+        for _ in range(_LAST_TRIES):
+            if self._send(status):
+                break
+            time.sleep(_FLUSH_SECONDS)
+
+    def _send(self, status: str | None = None) -> bool:
+        """Open the run where it is not yet open, log what is unsent, end the run with `status`; whether all that went
+        through."""
+        done = False
         with self._guarded():
-            if self._run_id is not None:
+            if self._run_id is None:
+                self._open()
+            count = self._log()
+            if status is not None:
                 self._client.set_terminated(self._run_id, status)
+            if self._lost:
+                self._lost = False
+                print(
+                    f"tracking at {self.target.uri} is back; {count} records of the time without it are written",
+                    flush=True,
+                )
+            done = True
+        return done
 
     def _collect(self) -> tuple[list[_Metrics], str | None]:
         """What comes within a few seconds, and the status where the run has ended."""
@@ -150,25 +174,28 @@ class Tracker:
         run_id = self._earlier_run(client)
         if run_id is None:
             run_id = client.create_run(identifier, run_name=self.target.run_name).info.run_id
+            # At once: where the server is lost now, the next try must not make another run of it.
+            content = {"run_id": run_id, "experiment_id": identifier, "uri": self.target.uri}
+            write_marker(self.run, TRACKING, content=content)
+            self._parameters_due = True
+        else:
+            client.update_run(run_id, status="RUNNING")
+        if self._parameters_due:
             parameters = [Param(key, value[:_LONGEST_VALUE]) for key, value in self.parameters.items()]
             for start in range(0, len(parameters), 100):  # MLflow takes at most 100 parameters in one call
                 client.log_batch(run_id, params=parameters[start : start + 100])
-        else:
-            client.update_run(run_id, status="RUNNING")
+            self._parameters_due = False
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self.tags.items()])
         for path in self.artifacts:
             client.log_artifact(run_id, str(path))
-        content = {"run_id": run_id, "experiment_id": identifier, "uri": self.target.uri}
-        write_marker(self.run, TRACKING, content=content)
+        missing = self._missing(client, run_id)
         self._client, self._run_id = client, run_id
-        self._log(self._missing(), 0)
+        self._unsent[:0] = missing
 
-    def _missing(self) -> list[_Metrics]:
+    def _missing(self, client: Any, run_id: str) -> list[_Metrics]:
         """What of the history MLflow does not hold."""
         names = {name for _, values in self._history for name in values}
-        known = {
-            name: {metric.step for metric in self._client.get_metric_history(self._run_id, name)} for name in names
-        }
+        known = {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in names}
         now = int(time.time() * 1000)
         lacking = [(step, {n: v for n, v in values.items() if step not in known[n]}) for step, values in self._history]
         return [_Metrics(step=step, time=now, values=values) for step, values in lacking if values]
@@ -184,18 +211,27 @@ class Tracker:
         run_id: str = client.get_run(known["run_id"]).info.run_id
         return run_id
 
-    def _log(self, waiting: list[_Metrics], step: int) -> None:
+    def _log(self) -> int:
+        """Send what is unsent, and how this process is doing; how many records went."""
         # Imported here, as in _open.
         from mlflow.entities import Metric
 
-        if self._run_id is None:
-            self.failures += bool(waiting)
-            return
-        metrics = [Metric(name, value, one.time, one.step) for one in waiting for name, value in one.values.items()]
-        now = int(time.time() * 1000)
-        metrics += [Metric(name, value, now, step) for name, value in self._system().items()]
-        for start in range(0, len(metrics), _BATCH):
-            self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
+        count = 0
+        while self._unsent:
+            part, size = list[_Metrics](), 0
+            for one in self._unsent:
+                size += len(one.values)
+                if part and size > _BATCH:
+                    break
+                part.append(one)
+            metrics = [Metric(name, value, one.time, one.step) for one in part for name, value in one.values.items()]
+            now = int(time.time() * 1000)
+            if len(part) == len(self._unsent):
+                metrics += [Metric(name, value, now, part[-1].step) for name, value in self._system().items()]
+            self._client.log_batch(self._run_id, metrics=metrics)
+            del self._unsent[: len(part)]  # only what went through: nothing is lost, nothing sent twice
+            count += len(part)
+        return count
 
     def _system(self) -> dict[str, float]:
         """This process and the machine: resident megabytes, CPU percent, free memory."""
@@ -208,10 +244,10 @@ class Tracker:
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
-        if self.failures == 1:
-            warn_untracked(
-                self.target.uri, error, rest=f"training goes on, all metrics are in {self.run / 'log.jsonl'}"
-            )
+        if not self._lost:
+            self._lost = True
+            rest = f"training goes on, all metrics are in {self.run / 'log.jsonl'}, and are sent where it comes back"
+            warn_untracked(self.target.uri, error, rest=rest)
 
 
 def warn_untracked(uri: str, error: Exception, *, rest: str) -> None:

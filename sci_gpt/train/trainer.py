@@ -6,8 +6,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from sci_gpt.train.agreement import Agreement, Report, agree
 from sci_gpt.train.feed import StepRows
 from sci_gpt.train.schedule import Schedule
 from sci_gpt.train.signals import Requests
+from sci_gpt.train.spikes import Spikes
+from sci_gpt.train.watchdog import Unwatched
 
 MOST_BROKEN_STEPS = 10
 _CAUSES = 5  # named when a run stops
@@ -49,6 +51,13 @@ class Feed(Protocol):
         """End its thread."""
 
 
+class Watch(Protocol):
+    """Who looks whether the run still moves (train/watchdog.py)."""
+
+    def at(self, phase: str, *, step: int, keys: Sequence[str] = ()) -> None:
+        """This rank begins a phase of the step that it works on."""
+
+
 class Journal(Protocol):
     """Where a run's records go (train/journal.py)."""
 
@@ -73,6 +82,8 @@ class Parts:
         requests: signals.
         name: of a sample number, for messages.
         check: called after every step; raises what a save that was begun has failed of.
+        watch: who looks whether the run still moves.
+        spikes: the losses before `step`, for what counts as a spike.
     """
 
     engine: Engine
@@ -84,6 +95,8 @@ class Parts:
     requests: Requests
     name: Callable[[int], str]
     check: Callable[[], None] = lambda: None
+    watch: Watch = field(default_factory=Unwatched)
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +128,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pending:
-    """A step whose loss the other ranks do not know yet."""
+    """A step whose loss, and seconds in which it waited for no other, the other ranks do not know yet."""
 
     rows: StepRows
     agreement: Agreement
     sums: dict[str, float]
     outcome: StepOutcome
     record: dict[str, Any]
+    alone: float
 
 
 class Trainer:
@@ -138,6 +152,7 @@ class Trainer:
         self._pending: _Pending | None = None
         # Of the processes that see the same rows one speaks for all.
         self._leads = parts.engine.plan.is_lead(parts.engine.world.rank)
+        self._alone = 0.0  # seconds of the step in progress in which this rank waited for no other
         self._broken_in_a_row = 0
         self._saved_step = step
         self._passed_over = 0
@@ -164,10 +179,12 @@ class Trainer:
             if self._broken_in_a_row >= MOST_BROKEN_STEPS:
                 raise ConfigError(self._too_many_broken())
             if validate:
+                self._at("validation")
                 with self.parts.engine.precision():
                     scores = self.parts.validate(self.parts.engine.module)
                 self.parts.journal.validation(self.step, scores)
             if save:
+                self._at("saving")
                 self.parts.save(self.step, self.next_sample)
                 self._saved_step = self.step
         self.parts.feed.close()
@@ -175,8 +192,11 @@ class Trainer:
 
     def _train_step(self) -> Agreement:
         begun = time.monotonic()
+        self._at("reading the rows")
         rows, waited = self.parts.feed.get(self.step, self.next_sample)
         inputs = [self.parts.objective.inputs(batch) for batch in rows.batches]
+        self._alone = time.monotonic() - begun
+        self._at("agreeing on the step", rows.keys)
         agreement = agree(self.parts.engine.world, self._report(rows, inputs, waited=waited))
         self._complete(agreement)
         self._passed_over += agreement.passed_over
@@ -184,7 +204,7 @@ class Trainer:
         if self._passed_over > self.settings.most_passed_over:
             raise DataError(self._too_many_passed_over())
         rate = self.settings.schedule.learning_rate(self.step)
-        sums, outcome = self._optimize(inputs, agreement, rate=rate)
+        sums, outcome = self._optimize(inputs, agreement, rate=rate, keys=rows.keys)
         self.step += 1
         self.next_sample = rows.next_sample
         self._broken_in_a_row = 0 if outcome.applied or self._weightless(agreement) else self._broken_in_a_row + 1
@@ -202,7 +222,9 @@ class Trainer:
             "wait_seconds": agreement.wait_seconds,
             "seconds": time.monotonic() - begun,
         }
-        self._pending = _Pending(rows=rows, agreement=agreement, sums=sums, outcome=outcome, record=record)
+        self._pending = _Pending(
+            rows=rows, agreement=agreement, sums=sums, outcome=outcome, record=record, alone=self._alone
+        )
         return agreement
 
     def _report(self, rows: StepRows, inputs: list[Any], *, waited: float) -> Report:
@@ -218,10 +240,15 @@ class Trainer:
             wait_seconds=waited,
             previous_loss=self._previous_loss(),
             previous_broken=self._previous_broken(),
+            previous_alone=self._pending.alone if self._pending else 0.0,
         )
 
+    def _at(self, phase: str, keys: Sequence[str] = ()) -> None:
+        working = phase not in ("validation", "saving")  # these two follow a step that is completed
+        self.parts.watch.at(phase, step=self.step + working, keys=keys)
+
     def _optimize(
-        self, inputs: list[Any], agreement: Agreement, *, rate: float
+        self, inputs: list[Any], agreement: Agreement, *, rate: float, keys: Sequence[str]
     ) -> tuple[dict[str, float], StepOutcome]:
         """Forward, backward and update; loss sums of this rank per modality.
 
@@ -236,8 +263,12 @@ class Trainer:
         totals: dict[str, float] = {}
         outcome = StepOutcome(applied=False, gradient_norm=math.nan)
         for one in inputs:
+            self._at("forward pass", keys)
+            begun = time.monotonic()
             sums = self.parts.objective.sums(engine(one), one)
             local = {modality: float(value.detach()) for modality, value in sums.items()}
+            self._alone += time.monotonic() - begun
+            self._at("backward pass and update", keys)
             for modality, value in local.items():
                 totals[modality] = totals.get(modality, 0.0) + value
             loss = torch.stack([factor[name.split("/")[0]] * value for name, value in sums.items()]).sum() * scale
@@ -259,7 +290,11 @@ class Trainer:
     def _settle(self) -> None:
         """Exchange the last step's loss now, for whoever needs the record before the next step (a collective)."""
         if self._pending is not None:
-            report = Report(previous_loss=self._previous_loss(), previous_broken=self._previous_broken())
+            report = Report(
+                previous_loss=self._previous_loss(),
+                previous_broken=self._previous_broken(),
+                previous_alone=self._pending.alone,
+            )
             self._complete(agree(self.parts.engine.world, report))
 
     def _complete(self, agreement: Agreement) -> None:
@@ -276,20 +311,35 @@ class Trainer:
         record["loss"] = sum(factor[m.split("/")[0]] * losses[m] for m in losses) / whole if finite else None
         record["losses"] = {m: losses[m] / weight[m] for m in losses if weight.get(m, 0.0) > 0} if finite else {}
         record["weights"] = weight
+        record["step_seconds"] = seconds_of_ranks(agreement.previous_alone)
         if broken:
-            broken_at = {self.parts.engine.plan.position(rank).data for rank in agreement.previous_broken}
-            places = sorted(broken_at) or range(len(pending.rows.dealt))
-            names = [self.parts.name(n) for place in places for n in pending.rows.dealt[place]]
-            record["broken_rows"] = names
-            if self.parts.engine.world.rank == 0:
-                what = "loss" if agreement.previous_broken else "gradient"
-                message = (
-                    f"warning: step {record['step']} is skipped on all ranks: the {what} is not finite in the rows of"
-                )
-                print(
-                    f"{message} {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}", file=sys.stderr, flush=True
-                )
+            ranks = agreement.previous_broken or range(self.parts.engine.plan.world_size)
+            record["broken_rows"] = names = self._names(pending.rows, ranks)
+            what = "loss" if agreement.previous_broken else "gradient"
+            self._warn(f"step {record['step']} is skipped on all ranks: the {what} is not finite in the rows of", names)
+        limit = self.parts.spikes.add(record["loss"])
+        if limit is not None:
+            brought = [sum(factor[m.split("/")[0]] * share[m] for m in share) for share in agreement.previous_share]
+            most = brought.index(max(brought))
+            names = self._names(pending.rows, (most,))
+            record["spike"] = {"limit": limit, "rank": most, "share": brought[most] / sum(brought), "rows": names}
+            self._warn(
+                f"step {record['step']}: the loss {record['loss']:.4g} is a spike, above {limit:.4g}; most of it, "
+                f"{100 * brought[most] / sum(brought):.0f} %, is of rank {most}, in the rows of",
+                names,
+            )
         self.parts.journal.step(record)
+
+    def _names(self, rows: StepRows, ranks: Sequence[int]) -> list[str]:
+        """Of the rows of ranks; those of one tensor or sequence group have the same."""
+        places = sorted({self.parts.engine.plan.position(rank).data for rank in ranks})
+        return [self.parts.name(n) for place in places for n in rows.dealt[place]]
+
+    def _warn(self, message: str, names: Sequence[str]) -> None:
+        """Once for the whole run, not by every rank."""
+        if self.parts.engine.world.rank == 0:
+            rows = f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            print(f"warning: {message} {rows}", file=sys.stderr, flush=True)
 
     def _too_many_passed_over(self) -> str:
         """How many, where and why, the most frequent causes on this rank first."""
@@ -309,3 +359,14 @@ class Trainer:
             "not finite; lower optimizer.learning_rate, or look at the rows named above; the last checkpoint is of "
             f"step {self._saved_step}"
         )
+
+
+def seconds_of_ranks(alone: Sequence[float]) -> dict[str, float]:
+    """A step's seconds over the ranks: {"min", "mean", "max", "slowest"}, the last a rank.
+
+    A whole step lasts equally long everywhere, because each rank waits for the others in its backward pass. Counted is
+    therefore what a rank does by itself: waiting for its rows, bringing them to the device, the forward pass. (Where
+    ranks meet inside the forward pass, as at ZeRO 3, part of a slow rank's excess shows on the others, too.)
+    """
+    slowest = max(range(len(alone)), key=lambda rank: alone[rank])
+    return {"min": min(alone), "mean": sum(alone) / len(alone), "max": alone[slowest], "slowest": slowest}
