@@ -10,7 +10,7 @@ from sci_gpt.parallel.memory import activation_bytes
 from sci_gpt.parallel.plan import ParallelPlan
 
 _BUCKET = 5e8  # values: DeepSpeed's reduce_bucket_size
-_LIVE = 1e9  # values: its stage3_max_live_parameters
+_LIVE, _PREFETCH = 1e9, 5e7  # values: its stage3_max_live_parameters and stage3_prefetch_bucket_size
 _MASTER, _MOMENTS, _FP32 = 4.0, 8.0, 4.0
 
 
@@ -40,7 +40,7 @@ class DeviceMemory:
 
     @property
     def total(self) -> float:
-        """The most that is there at once: less than the sum of the kinds, which have their peaks at different moments."""
+        """The most that is there at once; the kinds have their peaks at different moments and sum to more."""
         return max(self.moments.values())
 
     @property
@@ -121,7 +121,7 @@ def _states(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
     adam = own * (_FP32 if accelerator else 2 * _FP32)
     match plan.zero_stage:
         case 0:
-            return _undivided(plan, params, accelerator=accelerator)
+            return _undivided(params, accelerator=accelerator)
         case 3:
             return _all_divided(plan, params, adam=adam, accelerator=accelerator)
         case _ if plan.offload != "none":
@@ -132,14 +132,14 @@ def _states(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
             return _optimizer_divided(plan, params, adam=adam, accelerator=accelerator)
 
 
-def _undivided(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
+def _undivided(params: float, *, accelerator: bool) -> _States:
     """fp32 with torch's own optimizer; gradients are reduced through one copy of a bucket."""
     return _States(
         weights=4 * params,
         gradients=4 * params,
         optimizer=_MOMENTS * params,
         forward=0.0,
-        backward=_FP32 * min(params, _BUCKET) if plan.zero_ranks > 1 else 0.0,
+        backward=_FP32 * min(params, _BUCKET),
         step=_FP32 * params if accelerator else 0.0,  # on a CPU one parameter at a time
     )
 
@@ -186,7 +186,7 @@ def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accele
 
 
 def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
-    """Stages 1 and 2 with offload: master copy, moments, the own gradients and a copy of the own weights on the host."""
+    """Stages 1 and 2 with offload: master copy, moments, own gradients and a copy of own weights are on the host."""
     size = 2.0 if plan.dtype == "bf16" else 4.0
     own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
     bucket = _BUCKET if accelerator else in_bucket
@@ -204,7 +204,7 @@ def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bo
 def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
     """Stage 3: partitions of weights, master copy and fp32 gradients stay, and the bucket with them.
 
-    Gathered weights may stay up to _LIVE values; a reduce-scatter interleaves a copy of the bucket and divides it into
+    Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a copy of the bucket and divides it into
     another; the step takes a copy of the own gradients.
     """
     size = 2.0 if plan.dtype == "bf16" else 4.0
@@ -216,7 +216,7 @@ def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator:
         weights=0.0 if plan.offload == "all" else weights,
         gradients=0.0 if offloaded else gradients,
         optimizer=0.0 if offloaded else optimizer,
-        forward=gathered,
+        forward=gathered + (size * min(params, _PREFETCH) if plan.zero_ranks > 1 else 0.0),
         backward=gathered + 2 * _FP32 * in_bucket,
         step=0.0 if offloaded else gradients + adam,
         stays=_FP32 * (_BUCKET if accelerator else in_bucket),

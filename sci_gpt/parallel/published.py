@@ -1,4 +1,4 @@
-"""Formulas that other systems published, for the plan to be compared with: GPT's parameters, FLOPs, days, activations."""
+"""Formulas that others published, to compare the plan with: parameters, FLOPs, days and activations of a GPT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roofline: the time of a step from a device's rates: products, memory traffic, communication by axis, what overlaps."""
+"""Roofline: a step's time from a device's rates: products, memory traffic, communication by axis, what overlaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from sci_gpt.parallel.plan import ParallelPlan
 
 _PASSES = 5.0  # over kept values: written and read forward, read backward, and their gradients written and read
 _AGAIN = {"none": 0.0, "selective": 2.0, "full": 2.0}  # more passes where layers are computed again
-_ADAM_BYTES = 44.0  # per parameter: gradient read 3 times (norm, clip, step), master, moments and weight read and written
+_ADAM_BYTES = (
+    44.0  # per parameter: gradient read 3 times (norm, clip, step), master, moments and weight read and written
+)
 _LATENCY = 15e-6  # seconds of a collective whatever its size
 _FP32 = 4
 
