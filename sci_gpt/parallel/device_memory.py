@@ -162,15 +162,17 @@ def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accele
     """DeepSpeedZeroOptimizer at stage 1 in fp32, and at stage 2 in both types.
 
     In fp32 all gradients are there at the end of the backward pass, in place (stage 1) or in the bucket into which they
-    move, and the own part is copied out of it and once more for the step. In bf16 (stage 2) a bucket of bf16 gradients
-    is converted to fp32 for the reduction, and the own part is kept in fp32 and in bf16.
+    move; a bucket is reduced in a copy, and the own part is copied out of it and once more for the step. In bf16 (stage
+    2) a bucket of bf16 gradients is converted to fp32 for the reduction, and the own part is kept in fp32 and bf16.
     """
     own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
     bucket = _BUCKET if accelerator else in_bucket
     if plan.dtype == "bf16":
         gradients, backward, step = _FP32 * own, 2 * bucket + _FP32 * in_bucket + 2 * own, 0.0
     elif plan.zero_stage == 2:
-        gradients, backward, step = _FP32 * own, _FP32 * bucket, _FP32 * own
+        # the bucket is reduced in a copy before the own part is taken out of it
+        before = 0.0 if plan.accumulation > 1 else _FP32 * own
+        gradients, backward, step = _FP32 * own, _FP32 * (bucket + in_bucket) - before, _FP32 * own
     else:
         beside = _FP32 * _BUCKET if accelerator else 0.0
         gradients, backward = _FP32 * params, _FP32 * in_bucket + beside
@@ -204,8 +206,8 @@ def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bo
 def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
     """Stage 3: partitions of weights, master copy and fp32 gradients stay, and the bucket with them.
 
-    Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a copy of the bucket and divides it into
-    another; the step takes a copy of the own gradients.
+    Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a
+    copy of the bucket and divides it into another; the step takes a copy of the own gradients.
     """
     size = 2.0 if plan.dtype == "bf16" else 4.0
     own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
