@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,7 @@ from benchmarks.activation_memory import row
 from benchmarks.results import machine, write_section
 from sci_gpt.model.checkpointing import Checkpointing
 from sci_gpt.model.init import initialize
-from sci_gpt.model.shapes import SHAPES
+from sci_gpt.model.shapes import SHAPES, ModelShape
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.parallel.device_memory import DeviceMemory, device_memory
 from sci_gpt.parallel.engine import AdamWSettings, Engine
@@ -36,15 +36,22 @@ ADAMW = AdamWSettings(learning_rate=1e-4, betas=(0.9, 0.95), epsilon=1e-8, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run of STEPS steps: tokens are those of a process's micro-batch."""
+    """A run of STEPS steps: `layers` of the size (None: all), `tokens` of a process's micro-batch."""
 
     size: str
+    layers: int | None = None
     dtype: Dtype = "fp32"
     zero_stage: int = 1
     processes: int = 1
     accumulation: int = 1
     checkpointing: Checkpointing = "none"
     tokens: int = 512
+
+    @property
+    def shape(self) -> ModelShape:
+        """The trunk."""
+        shape = SHAPES[self.size]
+        return shape if self.layers is None else replace(shape, layers=self.layers)
 
     @property
     def plan(self) -> ParallelPlan:
@@ -58,25 +65,25 @@ class Case:
 
 
 CASES = (
-    Case(size="30M", tokens=2048),
-    Case(size="30M", tokens=2048, checkpointing="full", accumulation=2),
-    Case(size="30M", processes=2),
+    Case(size="30M", tokens=1024),
     Case(size="30M", processes=2, zero_stage=2, dtype="bf16"),
     Case(size="30M", processes=2, zero_stage=3),
-    Case(size="125M", dtype="bf16", tokens=1024),
-    Case(size="125M", checkpointing="selective", tokens=1024),
-    Case(size="350M", zero_stage=0, checkpointing="full"),
+    Case(size="125M", layers=4, checkpointing="full", accumulation=2),
+    Case(size="125M", dtype="bf16"),
 )
+
+
+def _parameters(case: Case) -> int:
+    with torch.device("meta"):
+        return SciGPT(case.shape, ModelSettings(tokenizer=TokenizerSettings())).num_parameters
 
 
 def predicted(case: Case) -> DeviceMemory:
     """What `sci-gpt plan` says of it."""
-    with torch.device("meta"):
-        model = SciGPT(SHAPES[case.size], ModelSettings(tokenizer=TokenizerSettings()))
     return device_memory(
-        model.shape,
+        case.shape,
         case.plan,
-        num_params=model.num_parameters,
+        num_params=_parameters(case),
         num_tokens=case.tokens,
         checkpointing=case.checkpointing,
         accelerator=False,
@@ -105,7 +112,7 @@ def train(case: Case, *, world: World, steps: int) -> dict[str, int]:
     before = rss()
     forget_peak()
     settings = TokenizerSettings()
-    model = build_model(SHAPES[case.size], ModelSettings(tokenizer=settings))
+    model = build_model(case.shape, ModelSettings(tokenizer=settings))
     initialize(model, 0)
     model.checkpointing = case.checkpointing
     engine = Engine(model, plan=case.plan, optimizer=ADAMW, world=world)
@@ -127,7 +134,7 @@ def train(case: Case, *, world: World, steps: int) -> dict[str, int]:
 def worker(case: Case) -> None:
     """One process of a case: a small model first, so that libraries and their buffers are there."""
     world = World.start(threads=1)
-    small = Case(**{**asdict(case), "size": "tiny", "tokens": 512, "accumulation": 1})
+    small = Case(**{**asdict(case), "size": "tiny", "layers": None, "tokens": 512, "accumulation": 1})
     train(small, world=world, steps=1)
     print(json.dumps(train(case, world=world, steps=STEPS)), flush=True)
     world.stop()
@@ -164,7 +171,7 @@ def main(arguments: list[str]) -> int:
         worker(Case(**json.loads(parsed.worker)))
         return 0
     lines = [
-        "| size | type | ZeRO | processes | checkpointing | tokens x micro-batches | peak predicted, MB | measured | "
+        "| parameters | type | ZeRO | processes | checkpointing | tokens x micro-batches | peak predicted, MB | measured | "
         "error | after predicted, MB | measured | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -177,12 +184,13 @@ def main(arguments: list[str]) -> int:
         pairs = ((ours.total, theirs["peak"]), (ours.between_steps, theirs["after"]))
         errors = [mine / real - 1 for mine, real in pairs]
         worst = max([worst, *map(abs, errors)])
+        count = _parameters(case)
         numbers = [
             f"{mine / 1e6:,.0f} | {real / 1e6:,.0f} | {100 * error:+.1f} %"
             for (mine, real), error in zip(pairs, errors, strict=True)
         ]
         lines.append(
-            f"| {case.size} | {case.dtype} | {case.zero_stage} | {case.processes} | {case.checkpointing} | "
+            f"| {count / 1e6:.0f} M | {case.dtype} | {case.zero_stage} | {case.processes} | {case.checkpointing} | "
             f"{case.tokens:,} x {case.accumulation} | {' | '.join(numbers)} |"
         )
         print(lines[-1], flush=True)

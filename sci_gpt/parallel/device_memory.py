@@ -10,6 +10,7 @@ from sci_gpt.parallel.memory import activation_bytes
 from sci_gpt.parallel.plan import ParallelPlan
 
 _BUCKET = 5e8  # values: DeepSpeed's reduce_bucket_size
+_SUB_GROUP = 1e9  # values of a process that stage 3 updates at once: its sub_group_size
 _LIVE, _PREFETCH = 1e9, 5e7  # values: its stage3_max_live_parameters and stage3_prefetch_bucket_size
 _MASTER, _MOMENTS, _FP32 = 4.0, 8.0, 4.0
 
@@ -117,8 +118,9 @@ def device_memory(
 
 def _states(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
     own = params / plan.zero_ranks
+    at_once = min(own, _SUB_GROUP) if plan.zero_stage == 3 else own
     # torch's AdamW: on a CPU the root of the second moment and its quotient, on a GPU (foreach) the root alone
-    adam = own * (_FP32 if accelerator else 2 * _FP32)
+    adam = at_once * (_FP32 if accelerator else 2 * _FP32)
     match plan.zero_stage:
         case 0:
             return _undivided(params, accelerator=accelerator)
@@ -207,7 +209,7 @@ def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator:
     """Stage 3: partitions of weights, master copy and fp32 gradients stay, and the bucket with them.
 
     Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a
-    copy of the bucket and divides it into another; the step takes a copy of the own gradients.
+    copy of the bucket and divides it into another; the step copies own gradients, _SUB_GROUP values at a time.
     """
     size = 2.0 if plan.dtype == "bf16" else 4.0
     own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
@@ -220,10 +222,12 @@ def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator:
         optimizer=0.0 if offloaded else optimizer,
         forward=gathered + (size * min(params, _PREFETCH) if plan.zero_ranks > 1 else 0.0),
         backward=gathered + 2 * _FP32 * in_bucket,
-        step=0.0 if offloaded else gradients + adam,
+        step=0.0 if offloaded else _FP32 * min(own, _SUB_GROUP) + adam,
         stays=_FP32 * (_BUCKET if accelerator else in_bucket),
         gradients_stay=True,
-        host=(optimizer + 2 * gradients + 2 * _FP32 * own + (weights if plan.offload == "all" else 0.0))
+        host=(
+            optimizer + 2 * gradients + 2 * _FP32 * min(own, _SUB_GROUP) + (weights if plan.offload == "all" else 0.0)
+        )
         if offloaded
         else 0.0,
     )

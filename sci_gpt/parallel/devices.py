@@ -30,6 +30,7 @@ class Device:
         link: bytes between devices of a node.
         network: bytes between nodes, this device's share of the node's adapters.
         host_link: bytes between the device and its host's memory.
+        host_memory: bytes of the host, this device's share; a CPU's own memory is all there is.
         kind: cpu or gpu: a CPU's host is itself.
         attainable: shares of peak, bandwidth and links that training reaches.
     """
@@ -42,6 +43,7 @@ class Device:
     link: float
     network: float
     host_link: float
+    host_memory: float
     kind: Literal["cpu", "gpu"] = "gpu"
     attainable: float = 0.6
     attainable_bandwidth: float = 0.8
@@ -59,6 +61,7 @@ def _gpu(
         link=link * 1e9,
         network=network * 1e9,
         host_link=host * 1e9,
+        host_memory=250e9,
     )
 
 
@@ -72,7 +75,8 @@ def _gpu(
 # l40s: NVIDIA L40S data sheet: 362 (dense), 91.6; 48 GB at 864 GB/s; PCIe 4 x16, no NVLink; 200 Gbit/s assumed.
 # mi300x: AMD Instinct MI300X data sheet: 1,307, 163.4; 192 GB at 5.3 TB/s; 7 links of 128 GB/s both ways; 400 Gbit/s
 #   (the platform's reference design).
-# host: PCIe x16 of the generation that the data sheet names, one direction: 32 (4) or 64 (5).
+# host: 2 TB for 8 devices (the DGX data sheets), assumed for l40s and mi300x too; PCIe x16 of the generation that the
+#   data sheet names, one direction: 32 (4) or 64 (5).
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -103,9 +107,14 @@ def device_named(name: str, *, width: int, tokens: int, threads: int, processes:
     """
     if name == MEASURED:
         return measured(width=width, tokens=tokens, threads=threads, processes=processes)
-    if name not in DEVICES:
-        raise ConfigError(f"--gpu is one of {', '.join(NAMES)}, got {name!r}")
+    check_name(name)
     return DEVICES[name]
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name that is none of NAMES."""
+    if name not in NAMES:
+        raise ConfigError(f"--gpu is one of {', '.join(NAMES)}, got {name!r}")
 
 
 def measured(*, width: int, tokens: int, threads: int, processes: int) -> Device:
@@ -120,6 +129,7 @@ def measured(*, width: int, tokens: int, threads: int, processes: int) -> Device
         link=_LOOPBACK,
         network=_ETHERNET,
         host_link=float("inf"),
+        host_memory=0.0,
         kind="cpu",
         attainable=1.0,  # the rates are measured, not peaks
         attainable_bandwidth=1.0,

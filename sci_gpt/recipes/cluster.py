@@ -9,7 +9,7 @@ from sci_gpt.config import PretrainConfig
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.device_memory import DeviceMemory
-from sci_gpt.parallel.devices import MEASURED, Device, device_named
+from sci_gpt.parallel.devices import MEASURED, Device, check_name, device_named
 from sci_gpt.parallel.failures import daly, losses, young
 from sci_gpt.parallel.memory import activation_bytes
 from sci_gpt.parallel.roofline import Load, step_time
@@ -41,6 +41,7 @@ class Cluster:
     restart_minutes: float = 10.0
 
     def __post_init__(self) -> None:
+        check_name(self.gpu)
         for option, value in (
             ("--tokens", self.tokens),
             ("--write-gigabytes-per-second", self.write_rate),

@@ -43,9 +43,11 @@ def memory_of(config: PretrainConfig, *, model: SciGPT, device: Device) -> Devic
 
 
 def lacking(memory: DeviceMemory, *, device: Device) -> float:
-    """Bytes that a device has too few; 0 or less: it fits. A CPU is its own host."""
-    needed = memory.total + (memory.host if device.kind == "cpu" else 0.0)
-    return needed - (device.memory - device.reserved)
+    """Bytes that a device, or its host, has too few; 0 or less: it fits. A CPU is its own host."""
+    usable = device.memory - device.reserved
+    if device.kind == "cpu":
+        return memory.total + memory.host - usable
+    return max(memory.total - usable, memory.host - device.host_memory)
 
 
 def remedy(config: PretrainConfig, *, model: SciGPT, device: Device, gpus_per_node: int) -> str | None:
