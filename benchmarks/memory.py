@@ -171,8 +171,8 @@ def main(arguments: list[str]) -> int:
         worker(Case(**json.loads(parsed.worker)))
         return 0
     lines = [
-        "| parameters | type | ZeRO | processes | checkpointing | tokens x micro-batches | peak predicted, MB | measured | "
-        "error | after predicted, MB | measured | error |",
+        "| parameters | type | ZeRO | processes | checkpointing | tokens x micro-batches | peak predicted, MB | "
+        "measured | error | after predicted, MB | measured | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)

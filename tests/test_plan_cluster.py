@@ -17,7 +17,7 @@ from sci_gpt.model.shapes import SHAPES
 from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.device_memory import device_memory
 from sci_gpt.parallel.devices import DEVICES
-from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.plan import Offload, ParallelPlan
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.cluster import Cluster, refuse_what_does_not_fit
 from sci_gpt.recipes.plan import describe, plan
@@ -26,6 +26,7 @@ from sci_launch import cli
 from toy_store import toy_config, write_store
 
 P = 30_000_000
+_OFFLOADS: tuple[tuple[int, Offload], ...] = ((2, "none"), (2, "optimizer"), (3, "all"))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_offload_moves_the_optimizer_to_the_host() -> None:
             num_params=7 * 10**9,
             num_tokens=1,
         )
-        for stage, offload in ((2, "none"), (2, "optimizer"), (3, "all"))
+        for stage, offload in _OFFLOADS
     )
     assert kept.host == 0 and moved.optimizer == 0 and moved.host > kept.optimizer
     assert all_moved.weights == all_moved.gradients == all_moved.optimizer == 0
@@ -157,7 +158,7 @@ def test_the_first_change_that_fits_is_named(
 
 def test_more_nodes_are_named_where_nothing_else_fits(store: Path, tmp_path: Path) -> None:
     """70 B on 4 GPUs, of 80 GB and 250 GB of the host: 18 bytes / 4 are 315 GB. The least power of two is named."""
-    layout = {"activation_checkpointing": "full", "zero_stage": 3}
+    layout: dict[str, Any] = {"activation_checkpointing": "full", "zero_stage": 3}
     config = big(store, tmp_path / "run", size="70B", rows=4, processes=4, **layout)
     found = plan(config, cluster=Cluster(gpu="h100", gpus_per_node=4))
     assert not found["fits"]
