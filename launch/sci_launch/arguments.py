@@ -185,6 +185,51 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the whole run, as its progress line prints them; without it the rate of a matrix product, a bound",
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that share the run's processes")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="G",
+        help="sets parallel.processes to nodes x G; left out, parallel.processes are divided over the nodes",
+    )
+    parser.add_argument(
+        "--gpu",
+        default="measured",
+        metavar="NAME",
+        help="a100, a100-40gb, h100, h200, b200, l40s, mi300x, or measured: this machine's CPU (the default)",
+    )
+    parser.add_argument("--tokens", type=float, metavar="N", help="hours to N tokens; left out, to those of the run")
+    parser.add_argument(
+        "--write-gigabytes-per-second",
+        type=float,
+        metavar="RATE",
+        default=2.0,
+        help="with which one node writes a checkpoint (default 2)",
+    )
+    parser.add_argument(
+        "--hours-between-failures",
+        type=float,
+        metavar="HOURS",
+        default=6300.0,
+        help="mean time between failures of one node; the run's is this / nodes (default 6300)",
+    )
+
+
+def plan_overrides(parsed: argparse.Namespace) -> tuple[str, ...]:
+    """Overrides of the configuration: `--set`, and what --gpus-per-node says of parallel.processes."""
+    if parsed.gpus_per_node is None:
+        return tuple(parsed.overrides)
+    return (*parsed.overrides, f"parallel.processes={parsed.nodes * parsed.gpus_per_node}")
+
+
+def plan_cluster(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of devices, by the fields of `sci_gpt.recipes.cluster.Cluster`."""
+    return {
+        "gpus_per_node": parsed.gpus_per_node,
+        "gpu": parsed.gpu,
+        "tokens": parsed.tokens,
+        "write_rate": parsed.write_gigabytes_per_second,
+        "hours_between_failures": parsed.hours_between_failures,
+    }
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -234,16 +234,17 @@ def _finetune(parsed: argparse.Namespace) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     from sci_gpt.config import PretrainConfig
 
-    config = _config(parsed, PretrainConfig, overrides=parsed.overrides)
+    config = _config(parsed, PretrainConfig, overrides=arguments.plan_overrides(parsed))
     if config is None:
         return 0
-    from sci_gpt.recipes.plan import describe, plan
+    from sci_gpt.recipes import cluster, plan
 
-    result = plan(config, parsed.tokens_per_second, nodes=parsed.nodes)
-    if parsed.json:
-        return print_result(result, as_json=True)
-    print(describe(result))
-    return 0
+    wanted = cluster.Cluster(**arguments.plan_cluster(parsed))
+    result = plan.plan(config, parsed.tokens_per_second, nodes=parsed.nodes, cluster=wanted)
+    cluster.refuse_what_does_not_fit(result)
+    if not parsed.json:
+        print(plan.describe(result))
+    return print_result(result, as_json=True) if parsed.json else 0
 
 
 def _sweep(parsed: argparse.Namespace) -> int:

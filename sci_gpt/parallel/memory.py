@@ -8,9 +8,18 @@ from sci_gpt.model.shapes import ModelShape
 
 _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 _MASTER_AND_MOMENTS = 12  # fp32 master weight and two moments of Adam
-# Widths and hidden widths that a layer keeps per token; widths that embeddings and heads keep.
-_KEPT: dict[Checkpointing, tuple[float, float]] = {"none": (11.5, 4.0), "selective": (7.0, 2.0), "full": (1.0, 0.0)}
-_ENDS = (12.0, 400.0)  # widths and values of what does not grow with the width: features, anchors, predictions
+# Bytes that a layer keeps per token, counted on the CPU: of its width what is whole on every process of a tensor group
+# and what is divided among them, and of the hidden width, which is divided.
+_KEPT: dict[tuple[str, Checkpointing], tuple[float, float, float]] = {
+    ("fp32", "none"): (16.0, 28.0, 16.0),
+    ("fp32", "selective"): (12.0, 16.0, 8.0),
+    ("fp32", "full"): (4.0, 0.0, 0.0),
+    ("bf16", "none"): (20.0, 26.0, 8.0),
+    ("bf16", "selective"): (6.0, 8.0, 4.0),
+    ("bf16", "full"): (2.0, 0.0, 0.0),
+}
+# Bytes per width, and beside it, of what embeddings and heads keep per token: features, anchors, predictions.
+_ENDS = {"fp32": (48.0, 1600.0), "bf16": (40.0, 1400.0)}
 _FP32_ADAM = 8  # two moments; in fp32 the weights are their own master at ZeRO 0
 
 
@@ -54,32 +63,46 @@ def model_state_bytes(  # signature of DESIGN section 7
 
 
 def activation_bytes(
-    shape: ModelShape, num_tokens: int, *, dtype: str = "fp32", checkpointing: Checkpointing = "none"
+    shape: ModelShape,
+    num_tokens: int,
+    *,
+    dtype: str = "fp32",
+    checkpointing: Checkpointing = "none",
+    tensor_parallel: int = 1,
+    sequence_parallel: int = 1,
 ) -> float:
     """Estimate of what one micro-batch keeps for its backward pass on one device.
 
-    Per token, in values: each layer keeps 11.5 widths (what the two norms give, scaled and not, queries and keys
-    after norm and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the
-    two branches of SwiGLU, the gate, their product); embeddings and heads keep 12 widths and 400 values. Attention
-    probabilities are not kept. With selective checkpointing a layer keeps 7 widths (its input, queries, keys, values,
-    the attention's result, its two outputs) and 2 hidden widths (the two branches), with full its input alone; then one
-    layer at a time has the rest again.
+    Per token each layer keeps in fp32 11 widths (what the two norms give, scaled and not; queries and keys after norm
+    and after rotation, values, the attention's result as documents and as tokens) and 4 hidden widths (the two branches
+    of SwiGLU, the gate, their product). In bf16 the four norms keep 8 of the widths in fp32, so that a width takes 46
+    bytes in place of 44, a hidden width half. Attention probabilities are not kept. With selective checkpointing a
+    layer keeps 7 widths (its input, queries, keys, values, the attention's result, its two outputs) and 2 hidden widths
+    (the two branches), with full its input alone; then one layer at a time has the rest again. Embeddings and heads
+    keep 12 widths and 400 values, more or less by modality.
 
     Args:
         shape: of the trunk.
         num_tokens: token positions of the micro-batch (its rows x row length).
-        dtype: fp32, or bf16 for half of it.
+        dtype: fp32 or bf16.
         checkpointing: what a layer computes again in its backward pass.
+        tensor_parallel: processes among which heads and hidden widths are divided.
+        sequence_parallel: processes among which the trunk's tokens are divided; embeddings and heads see all.
 
     Raises:
         ConfigError: a type or a way of checkpointing that does not exist.
     """
     if dtype not in _WEIGHT_BYTES:
         raise ConfigError(f"dtype is one of {sorted(_WEIGHT_BYTES)}, got {dtype!r}")
-    if checkpointing not in _KEPT:
-        raise ConfigError(f"activation_checkpointing is one of {sorted(_KEPT)}, got {checkpointing!r}")
-    whole, kept = (
-        widths * shape.width + hiddens * shape.hidden for widths, hiddens in (_KEPT["none"], _KEPT[checkpointing])
-    )
-    per_token = shape.layers * kept + (whole - kept) + _ENDS[0] * shape.width + _ENDS[1]
-    return num_tokens * per_token * _WEIGHT_BYTES[dtype]
+    modes = sorted({mode for _, mode in _KEPT})
+    if checkpointing not in modes:
+        raise ConfigError(f"activation_checkpointing is one of {modes}, got {checkpointing!r}")
+
+    def of_a_layer(mode: Checkpointing) -> float:
+        whole, divided, hidden = _KEPT[dtype, mode]
+        return whole * shape.width + (divided * shape.width + hidden * shape.hidden) / tensor_parallel
+
+    kept = of_a_layer(checkpointing)
+    per_token = (shape.layers * kept + of_a_layer("none") - kept) / sequence_parallel
+    of_width, beside = _ENDS[dtype]
+    return num_tokens * (per_token + of_width * shape.width + beside)

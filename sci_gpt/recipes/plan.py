@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,28 @@ from sci_gpt.errors import ConfigError
 from sci_gpt.model.flops import PayloadWork, Work, document_pairs, training_flops
 from sci_gpt.model.tiles import tiles_of
 from sci_gpt.model.transformer import SciGPT
+from sci_gpt.parallel.devices import matmul_rate
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.recipes import parts
+from sci_gpt.recipes.cluster import Cluster, add_cluster, describe_cluster
 from sci_gpt.recipes.reading import demand, describe_reading, reading
 from sci_tokenizers.masked import tubes
 from sci_tokenizers.sample import Modality
 from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 
-_WIDEST = 1024  # of the matrix product that is measured
 _DRAWN = 16  # masked documents whose hidden tokens are counted
+_OF_A_PHASE = ("until_step", "row_length", "activation_bytes")
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
 
-def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, nodes: int = 1) -> dict[str, Any]:
+def plan(
+    config: PretrainConfig,
+    tokens_per_second: float | None = None,
+    *,
+    nodes: int = 1,
+    cluster: Cluster | None = None,
+) -> dict[str, Any]:
     """What one step and one process take. Reads the store's manifest and index, no data.
 
     Args:
@@ -35,6 +42,8 @@ def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, node
         tokens_per_second: of documents, as the whole run was seen to train (its progress line); None: what it could
             reach at most, at seconds_per_step_at_least.
         nodes: machines among which the processes are divided evenly.
+        cluster: devices, and what is asked of them; None: this machine's CPU. What cannot fit is said in the result
+            (`cluster.refuse_what_does_not_fit` raises).
 
     Returns:
         parameters: by part (context, embed, blocks, norm, heads) and total.
@@ -48,8 +57,9 @@ def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, node
         bytes_per_process: weights, gradients and optimizer (ZeRO's arithmetic), activations of the largest phase (an
             estimate).
         checkpoint_bytes.
+        device, bytes_per_device, fits, time, checkpoint, failures: of the cluster (`cluster.add_cluster`).
 
-    Seconds are FLOPs / what a matrix product of this width reaches on one process here, now.
+    seconds_per_step_at_least are FLOPs / what a matrix product of this width reaches on one process here, now.
 
     Raises:
         ConfigError, DataError: an unknown size, a layout or a rate that gives wrong numbers, no store.
@@ -60,22 +70,24 @@ def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, node
         model = SciGPT(shape, parts.model_settings(config))
     by_part = _parameters(model)
     total = sum(by_part.values())
-    states = {
-        stage: model_state_bytes(total, layout.data_parallel, stage, dtype=layout.dtype) for stage in (0, 1, 2, 3)
-    }
+    states = {stage: model_state_bytes(total, layout.zero_ranks, stage, dtype=layout.dtype) for stage in (0, 1, 2, 3)}
     phases = [_phase(config, phase, model=model) for phase in config.phases]
-    largest = {name: max(phase[name] for phase in phases) for name in phases[0]}
+    largest = {name: max(phase[name] for phase in phases) for name in phases[0] if name != "flops_by_part"}
     _add_reading(config, phases, tokens_per_second=tokens_per_second, nodes=nodes)
     activations = largest["activation_bytes"]
     run = _of_run(config, phases)
-    return {
+    result = {
         "name": config.name,
         "parameters": by_part | {"total": total},
-        "processes": layout.data_parallel,
+        "processes": layout.world_size,
         "zero_stage": layout.zero_stage,
         "phases": phases,
         "tokens_per_second_basis": "at most: a matrix product's rate here" if tokens_per_second is None else "as given",
-        **{name: value for name, value in largest.items() if name not in ("until_step", "activation_bytes")},
+        **{
+            name: value
+            for name, value in largest.items()
+            if name not in ("until_step", "row_length", "activation_bytes")
+        },
         "tokens_per_run": run["tokens"],
         "flops_per_run": run["flops"],
         "seconds_per_run_at_least": run["seconds"],
@@ -87,6 +99,7 @@ def plan(config: PretrainConfig, tokens_per_second: float | None = None, *, node
         "model_state_bytes_by_zero_stage": {str(stage): value for stage, value in states.items()},
         "checkpoint_bytes": _CHECKPOINT_BYTES * total,
     }
+    return add_cluster(result, config, model=model, nodes=nodes, cluster=cluster or Cluster())
 
 
 def _parameters(model: SciGPT) -> dict[str, int]:
@@ -136,9 +149,8 @@ def describe(result: dict[str, Any]) -> str:
         f"FLOPs of the run     {result['flops_per_run']:.3g}, at least {result['seconds_per_run_at_least']:,.0f} s",
         f"layout               {result['processes']} processes, ZeRO {result['zero_stage']}",
         f"memory per process   {megabytes['model_states']:.1f} MB model states + {megabytes['activations']:.1f} MB "
-        f"activations (estimate{', of the largest phase' if several else ''}); Python and its libraries take about "
-        "500 MB more",
-        f"checkpoint           {result['checkpoint_bytes'] / 1e6:.1f} MB",
+        f"activations (ZeRO's arithmetic{', of the largest phase' if several else ''})",
+        *describe_cluster(result),
     ]
     return "\n".join(line for line in lines if line)
 
@@ -153,10 +165,12 @@ def _check_demand(config: PretrainConfig, tokens_per_second: float | None, *, no
 def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict[str, Any]:
     layout, shape = parts.parallel_plan(config), model.shape
     rows = -(-phase.rows_per_step // (layout.data_parallel * layout.accumulation))
-    flops = _flops_per_step(config, phase, model=model)
-    rate = _matmul_rate(shape.width, phase.row_length, threads=config.parallel.threads_per_process)
+    by_part = _flops_per_step(config, phase, model=model)
+    flops = sum(by_part.values())
+    rate = matmul_rate(shape.width, phase.row_length, threads=config.parallel.threads_per_process)
     return {
         "until_step": phase.until_step,
+        "row_length": phase.row_length,
         "tokens_per_step": phase.rows_per_step * phase.row_length,
         "rows_per_process": rows * layout.accumulation,
         "tokens_per_process": rows * layout.accumulation * phase.row_length,
@@ -165,17 +179,21 @@ def _phase(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict
             rows * phase.row_length,
             dtype=layout.dtype,
             checkpointing=config.parallel.activation_checkpointing,
+            tensor_parallel=layout.tensor_parallel,
+            sequence_parallel=layout.sequence_parallel,
         ),
         "flops_per_step": flops,
-        "seconds_per_step_at_least": flops / layout.data_parallel / rate,
+        "flops_by_part": by_part,
+        "seconds_per_step_at_least": flops / layout.world_size / rate,
     }
 
 
-def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> float:
-    """FLOPs of the phase's documents in their shares of rows without gaps (`flops.training_flops`)."""
+def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT) -> dict[str, float]:
+    """FLOPs of the phase's documents in their shares of rows without gaps, by part (`flops.training_flops`)."""
     store, settings = Store.open(config.data), parts.tokenizer_settings(config)
     weight = sum(entry.weight for entry in phase.mixture)
-    per_token = 0.0
+    found: dict[str, float] = {}
+    tokens = phase.rows_per_step * phase.row_length
     for entry in phase.mixture:
         work = document_work(
             entry,
@@ -184,8 +202,9 @@ def _flops_per_step(config: PretrainConfig, phase: PhaseConfig, *, model: SciGPT
             settings=settings,
             radius=config.model.attention.radius,
         )
-        per_token += entry.weight / weight * sum(training_flops(model, work).values()) / work.positions
-    return per_token * phase.rows_per_step * phase.row_length
+        for part, flops in training_flops(model, work).items():
+            found[part] = found.get(part, 0.0) + entry.weight / weight * flops / work.positions * tokens
+    return found
 
 
 def document_work(
@@ -236,22 +255,3 @@ def _hidden(entry: MixtureEntry, slots: int) -> float:
     contexts = [first + key % (last - first + 1) for key in range(_DRAWN)]
     drawn = [tubes(entry.frames, slots, num_context=context, key=key) for key, context in enumerate(contexts)]
     return float(np.mean([hidden.sum() for hidden in drawn]))
-
-
-def _matmul_rate(width: int, tokens: int, *, threads: int) -> float:
-    """FLOPs per second of (tokens, width) x (width, 4 width) on this machine with a process's threads; takes 0.2 s.
-
-    Beyond _WIDEST, from where on the rate hardly rises, that width is measured.
-    """
-    width = min(width, _WIDEST)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        left, right = torch.ones(tokens, width), torch.ones(width, 4 * width)
-        begun, count = time.perf_counter(), 0
-        while time.perf_counter() - begun < 0.2:
-            left @ right
-            count += 1
-        return 8.0 * tokens * width * width * count / (time.perf_counter() - begun)
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,233 @@
+"""Memory of one device by kind and moment of a step: what DeepSpeed 0.19.8 allocates for a layout, and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sci_gpt.model.checkpointing import Checkpointing
+from sci_gpt.model.shapes import ModelShape
+from sci_gpt.parallel.memory import activation_bytes
+from sci_gpt.parallel.plan import ParallelPlan
+
+_BUCKET = 5e8  # values: DeepSpeed's reduce_bucket_size
+_SUB_GROUP = 1e9  # values of a process that stage 3 updates at once: its sub_group_size
+_LIVE, _PREFETCH = 1e9, 5e7  # values: its stage3_max_live_parameters and stage3_prefetch_bucket_size
+_MASTER, _MOMENTS, _FP32 = 4.0, 8.0, 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Bytes on one device, and on its host where the layout offloads.
+
+    Attributes:
+        weights, gradients, optimizer: model states; the optimizer's include the fp32 master copy.
+        activations, activations_checkpointed: of one micro-batch, with nothing and with all layers computed again.
+        buffers: the most of everything else: communication, copies, temporaries of the optimizer's step.
+        moments: all that is there at once, by moment: forward (its end, activations complete), backward (its end,
+            gradients complete and being reduced), step (of the optimizer).
+        between_steps: what stays.
+        host: of offloaded states.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    activations_checkpointed: float
+    buffers: float
+    moments: dict[str, float]
+    between_steps: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """The most that is there at once; the kinds have their peaks at different moments and sum to more."""
+        return max(self.moments.values())
+
+    @property
+    def peak(self) -> str:
+        """The moment of it."""
+        return max(self.moments, key=lambda moment: self.moments[moment])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _States:
+    """Bytes of a stage as DeepSpeed holds them: model states, what each moment has beside them, and what stays."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    forward: float
+    backward: float
+    step: float
+    stays: float = 0.0
+    gradients_stay: bool = False
+    host: float = 0.0
+
+
+def device_memory(
+    shape: ModelShape,
+    plan: ParallelPlan,
+    *,
+    num_params: int,
+    num_tokens: int,
+    checkpointing: Checkpointing = "none",
+    accelerator: bool = True,
+) -> DeviceMemory:
+    """Memory of one device.
+
+    Args:
+        shape: of the trunk.
+        plan: the layout.
+        num_params: parameters on a device before ZeRO divides them (with a tensor axis its share of the trunk).
+        num_tokens: positions of a micro-batch of one process of a data group.
+        checkpointing: of the run.
+        accelerator: a GPU, where a buffer takes its whole size; on a CPU only the pages that are written count.
+    """
+    states = _states(plan, float(num_params), accelerator=accelerator)
+    kept: dict[Checkpointing, float] = {
+        mode: activation_bytes(
+            shape,
+            num_tokens,
+            dtype=plan.dtype,
+            checkpointing=mode,
+            tensor_parallel=plan.tensor_parallel,
+            sequence_parallel=plan.sequence_parallel,
+        )
+        for mode in ("none", "selective", "full")
+    }
+    held = states.weights + states.optimizer + states.stays
+    carried = states.gradients if states.gradients_stay or plan.accumulation > 1 else 0.0
+    moments = {
+        "forward": held + carried + states.forward + kept[checkpointing],
+        "backward": held + states.gradients + states.backward,
+        "step": held + states.gradients + states.step,
+    }
+    return DeviceMemory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=kept["none"],
+        activations_checkpointed=kept["full"],
+        buffers=states.stays + max(states.forward, states.backward, states.step),
+        moments=moments,
+        between_steps=held + (states.gradients if states.gradients_stay else 0.0),
+        host=states.host,
+    )
+
+
+def _states(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
+    own = params / plan.zero_ranks
+    at_once = min(own, _SUB_GROUP) if plan.zero_stage == 3 else own
+    # torch's AdamW: on a CPU the root of the second moment and its quotient, on a GPU (foreach) the root alone
+    adam = at_once * (_FP32 if accelerator else 2 * _FP32)
+    match plan.zero_stage:
+        case 0:
+            return _undivided(params, accelerator=accelerator)
+        case 3:
+            return _all_divided(plan, params, adam=adam, accelerator=accelerator)
+        case _ if plan.offload != "none":
+            return _optimizer_on_the_host(plan, params, accelerator=accelerator)
+        case 1 if plan.dtype == "bf16":
+            return _bf16_stage_1(plan, params, adam=adam)
+        case _:
+            return _optimizer_divided(plan, params, adam=adam, accelerator=accelerator)
+
+
+def _undivided(params: float, *, accelerator: bool) -> _States:
+    """fp32 with torch's own optimizer; gradients are reduced through one copy of a bucket."""
+    return _States(
+        weights=4 * params,
+        gradients=4 * params,
+        optimizer=_MOMENTS * params,
+        forward=0.0,
+        backward=_FP32 * min(params, _BUCKET),
+        step=_FP32 * params if accelerator else 0.0,  # on a CPU one parameter at a time
+    )
+
+
+def _bf16_stage_1(plan: ParallelPlan, params: float, *, adam: float) -> _States:
+    """BF16_Optimizer: fp32 gradients of all parameters stay, bf16 ones of the backward pass until the next."""
+    own = params / plan.zero_ranks
+    return _States(
+        weights=2 * params,
+        gradients=_FP32 * params,
+        optimizer=(_MASTER + _MOMENTS) * own,
+        forward=0.0,
+        backward=2 * params + _FP32 * min(params, _BUCKET),
+        step=2 * params + adam,
+        gradients_stay=True,
+    )
+
+
+def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
+    """DeepSpeedZeroOptimizer at stage 1 in fp32, and at stage 2 in both types.
+
+    In fp32 all gradients are there at the end of the backward pass, in place (stage 1) or in the bucket into which they
+    move; a bucket is reduced in a copy, and the own part is copied out of it and once more for the step. In bf16 (stage
+    2) a bucket of bf16 gradients is converted to fp32 for the reduction, and the own part is kept in fp32 and bf16.
+    """
+    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
+    bucket = _BUCKET if accelerator else in_bucket
+    if plan.dtype == "bf16":
+        gradients, backward, step = _FP32 * own, 2 * bucket + _FP32 * in_bucket + 2 * own, 0.0
+    elif plan.zero_stage == 2:
+        # the bucket is reduced in a copy before the own part is taken out of it
+        before = 0.0 if plan.accumulation > 1 else _FP32 * own
+        gradients, backward, step = _FP32 * own, _FP32 * (bucket + in_bucket) - before, _FP32 * own
+    else:
+        beside = _FP32 * _BUCKET if accelerator else 0.0
+        gradients, backward = _FP32 * params, _FP32 * in_bucket + beside
+        step = 2 * _FP32 * own - _FP32 * params
+    return _States(
+        weights=(2 if plan.dtype == "bf16" else 4) * params,
+        gradients=gradients,
+        optimizer=(_MASTER + _MOMENTS) * own,
+        forward=0.0,
+        backward=backward,
+        step=step + adam,
+    )
+
+
+def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
+    """Stages 1 and 2 with offload: master copy, moments, own gradients and a copy of own weights are on the host."""
+    size = 2.0 if plan.dtype == "bf16" else 4.0
+    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
+    bucket = _BUCKET if accelerator else in_bucket
+    return _States(
+        weights=size * params,
+        gradients=size * (params if plan.zero_stage == 1 else own),
+        optimizer=0.0,
+        forward=0.0,
+        backward=size * bucket + (_FP32 * in_bucket if plan.dtype == "bf16" else 0.0),
+        step=0.0,
+        host=(_MASTER + _MOMENTS + _FP32 + size) * own + 2 * _FP32 * own,
+    )
+
+
+def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
+    """Stage 3: partitions of weights, master copy and fp32 gradients stay, and the bucket with them.
+
+    Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a
+    copy of the bucket and divides it into another; the step copies own gradients, _SUB_GROUP values at a time.
+    """
+    size = 2.0 if plan.dtype == "bf16" else 4.0
+    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
+    gathered = size * min(params, _LIVE) if plan.zero_ranks > 1 else 0.0
+    weights, optimizer, gradients = size * own, (_MASTER + _MOMENTS) * own, _FP32 * own
+    offloaded = plan.offload != "none"
+    return _States(
+        weights=0.0 if plan.offload == "all" else weights,
+        gradients=0.0 if offloaded else gradients,
+        optimizer=0.0 if offloaded else optimizer,
+        forward=gathered + (size * min(params, _PREFETCH) if plan.zero_ranks > 1 else 0.0),
+        backward=gathered + 2 * _FP32 * in_bucket,
+        step=0.0 if offloaded else _FP32 * min(own, _SUB_GROUP) + adam,
+        stays=_FP32 * (_BUCKET if accelerator else in_bucket),
+        gradients_stay=True,
+        host=(
+            optimizer + 2 * gradients + 2 * _FP32 * min(own, _SUB_GROUP) + (weights if plan.offload == "all" else 0.0)
+        )
+        if offloaded
+        else 0.0,
+    )
