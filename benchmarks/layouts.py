@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,19 +18,17 @@ from typing import Any
 from benchmarks.counted import Counted
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config
-from sci_gpt.data.curriculum import Curriculum
 from sci_gpt.data.store import Store
 from sci_gpt.model.inputs import ModelInputs
-from sci_gpt.model.transformer import SciGPT, build_model
-from sci_gpt.model.width import rate_factors
+from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.tensor import slice_of
-from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
+from sci_gpt.recipes.pretrain import make_engine, make_model
 from sci_gpt.train import fragments
-from sci_gpt.train.checkpoint import Reader
+from sci_gpt.train.checkpoint import Reader, read_state
 from sci_gpt.train.commit import CheckpointWriter
 from sci_gpt.train.feed import Prefetch, StepReader, StepRows
 from sci_gpt.train.objective import NextFrame
@@ -142,61 +140,35 @@ class _Counting:
 def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str, Any]:
     """Train one layout in this process and its like: steps {loss, gradient_norm, ..} and this process's samples."""
     config = layout.config(data)
-    store, plan = Store.open(config.data), parts.parallel_plan(config)
-    curriculum = Curriculum(
-        store,
-        parts.phases(config),
-        seed=config.seed,
-        settings=parts.tokenizer_settings(config),
-        shuffle_block=config.shuffle_block,
-    )
-    model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
-    model.checkpointing = config.parallel.activation_checkpointing
-    rates, groups = rate_factors(model), Groups.join(plan, world)
-    place(model, groups, world=world, seed=config.seed)
-    engine = Engine(
-        model, plan=plan, optimizer=parts.adamw_settings(config), world=world, rate_factors=rates, groups=groups
-    )
+    model = make_model(config)
+    engine = make_engine(config, model, world=world)
     step, next_sample = 0, 0
     if layout.load:
-        reader = Reader(Path(layout.load))
-        fragments.load(engine, reader)
-        state = json.loads((Path(layout.load) / "state.json").read_bytes())
+        fragments.load(engine, Reader(Path(layout.load)))
+        state = read_state(Path(layout.load))
         step, next_sample = state["step"], state["next_sample"]
-    writer = CheckpointWriter(Path(layout.folder), rank=world.rank, size=world.size, session=session, keep=9)
+    records, tokens = _Records(), list[int]()
+    with CheckpointWriter(Path(layout.folder), rank=world.rank, size=world.size, session=session) as writer:
 
-    def save(step: int, next_sample: int) -> None:
-        if step == layout.save:
-            writer.save(step, fragments.hold(engine), state={"step": step, "next_sample": next_sample})
+        def save(step: int, next_sample: int) -> None:
+            if step == layout.save:
+                writer.save(step, fragments.hold(engine), state={"step": step, "next_sample": next_sample})
 
-    settings, records = parts.model_settings(config), _Records()
-    objective = NextFrame(settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed)
-    reading = StepReader(curriculum, parts.place(config, rank=world.rank), settings=settings.tokenizer)
-    tokens: list[int] = []
-    trainer = Trainer(
-        Parts(
-            engine=engine,
-            feed=Prefetch(reading),
-            objective=_Counting(objective, tokens),
-            journal=records,
-            save=save,
-            validate=lambda model: {},
-            requests=Requests(),
-            name=curriculum.name,
-        ),
-        Settings(
-            schedule=parts.schedule(config),
-            factor=parts.loss_factor(config),
-            checkpoint_every=layout.save or layout.steps,
-            validate_every=10**9,
-            most_passed_over=0,
-        ),
-        step=step,
-        next_sample=next_sample,
-    )
-    counted = Counted(_axes_of(groups)) if layout.count else None
-    with counted or nullcontext():
-        trainer.run()
+        trainer = Trainer(
+            _parts(config, engine, journal=records, save=save, tokens=tokens),
+            Settings(
+                schedule=parts.schedule(config),
+                factor=parts.loss_factor(config),
+                checkpoint_every=layout.save or layout.steps,
+                validate_every=10**9,
+                most_passed_over=0,
+            ),
+            step=step,
+            next_sample=next_sample,
+        )
+        counted = Counted(_axes_of(engine.groups)) if layout.count else None
+        with counted or nullcontext():
+            trainer.run()
     facts = _facts(engine, model, tokens=tokens)
     engine.close()
     return {
@@ -208,7 +180,29 @@ def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str,
     }
 
 
-def _axes_of(groups: Groups) -> dict[str, str]:
+def _parts(
+    config: PretrainConfig, engine: Engine, *, journal: _Records, save: Callable[[int, int], None], tokens: list[int]
+) -> Parts:
+    """What the trainer works with; nothing is validated, and `tokens` gets those of each micro-batch."""
+    world, settings = engine.world, parts.model_settings(config)
+    curriculum = parts.curriculum(config, Store.open(config.data))
+    objective = NextFrame(settings=settings.tokenizer, device=world.device, noise=settings.noise, seed=config.seed)
+    reading = StepReader(curriculum, parts.place(config, rank=world.rank), settings=settings.tokenizer)
+    return Parts(
+        engine=engine,
+        feed=Prefetch(reading),
+        objective=_Counting(objective, tokens),
+        journal=journal,
+        save=save,
+        validate=lambda model: {},
+        requests=Requests(),
+        name=curriculum.name,
+    )
+
+
+def _axes_of(groups: Groups | None) -> dict[str, str]:
+    if groups is None:
+        return {}
     named = {"tensor": groups.tensor, "sequence": groups.sequence, "zero": groups.zero}
     return {group.group_name: axis for axis, group in named.items() if group is not None}
 

@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sci_gpt.config_checkpoint import CheckpointConfig
-from sci_gpt.config_model import ModelConfig, Node, TokenizerConfig, WatchConfig
+from sci_gpt.config_model import CheckpointConfig, ModelConfig, Node, TokenizerConfig, WatchConfig
 from sci_gpt.data.addresses import path_or_url
 
 Where = Annotated[Path | str, AfterValidator(path_or_url)]  # a folder, or a URL that fsspec reads: s3://bucket/prefix

@@ -217,7 +217,7 @@ def test_each_process_draws_its_slices_of_the_one_start(size: int) -> None:
             mine = named[name] if one is None else named[name].narrow(one.dim, one.offset, one.width)
             count = mine.numel()
             for begin, stop in ((0, count), (count // 3, count - count // 5)):  # a piece of ZeRO 3 starts anywhere
-                drawn = held(start, name, parameter, begin=begin, stop=stop)
+                drawn = held(start, name, parameter=parameter, begin=begin, stop=stop)
                 assert torch.equal(drawn, mine.reshape(-1)[begin:stop]), name
             cut += one is not None
     assert cut == size * shape.layers * 7

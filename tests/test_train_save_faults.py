@@ -15,6 +15,7 @@ import pytest
 from saving_worker import PATIENCE_SECONDS, SLOW_SECONDS
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import show_config
+from sci_gpt.recipes import parts
 from sci_gpt.train.checkpoint import committed, read_state, step_folder
 from sci_gpt.train.retention import validation_loss
 from sci_gpt.train.run_folder import read_lines
@@ -103,7 +104,8 @@ def test_a_stopped_run_is_marked_when_its_last_checkpoint_is_committed(runs: Run
 
 def test_a_checkpoint_knows_the_validation_before_it_also_after_a_resume(runs: Runs) -> None:
     records = [row for row in read_lines(runs.config.output / "log.jsonl") if "validation" in row]
-    known = {row["step"]: validation_loss(row["validation"], runs.config.loss_factor) for row in records}
+    factor = parts.loss_factor(runs.config)
+    known = {row["step"]: validation_loss(row["validation"], factor) for row in records}
     folders = committed(runs.config.output)
     assert len(folders) in (1, 2)  # the last one; the best one, where that is another
     for folder in folders:

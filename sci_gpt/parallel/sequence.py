@@ -81,7 +81,7 @@ def _swap(x: Tensor, group: Any) -> Tensor:
 
 class _Swap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # signature of torch.autograd.Function
         ctx.group = group
         return _exchange(x, group)
 
@@ -101,7 +101,9 @@ class _Gather(torch.autograd.Function):
     """All tokens from each process's; the gradient of its own is `size` times its part of theirs, which are equal."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, rank: int, size: int) -> Tensor:  # signature of torch.autograd
+    def forward(
+        ctx: Any, x: Tensor, group: Any, rank: int, size: int
+    ) -> Tensor:  # signature of torch.autograd.Function
         ctx.rank, ctx.size = rank, size
         x = x.contiguous()
         whole = x.new_empty(size * len(x), *x.shape[1:])

@@ -101,7 +101,7 @@ class _Entering:
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # signature of torch's hooks
         return _copy(output, self.group)
 
 
@@ -109,7 +109,7 @@ class _Copy(torch.autograd.Function):
     """The same tensor on every process; the gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # signature of torch.autograd.Function
         ctx.group = group
         return x.view_as(x)
 
@@ -124,7 +124,7 @@ class _Sum(torch.autograd.Function):
     """The sum of the processes' tensors; each gets the whole gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # signature of torch.autograd.Function
         summed = x.contiguous().clone()  # selective checkpointing keeps x, which may not change
         dist.all_reduce(summed, group=group)
         return summed

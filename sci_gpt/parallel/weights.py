@@ -41,7 +41,9 @@ def place(model: SciGPT, groups: Groups, *, world: World, seed: int) -> None:
             _allocate(module, device=world.device, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(held(start, name, parameter, begin=0, stop=parameter.numel()).view_as(parameter))
+                parameter.copy_(
+                    held(start, name, parameter=parameter, begin=0, stop=parameter.numel()).view_as(parameter)
+                )
         return
     divided: list[nn.Parameter] = []
     for prefix, module in reversed(list(model.named_modules())):  # children before their parents
@@ -51,10 +53,10 @@ def place(model: SciGPT, groups: Groups, *, world: World, seed: int) -> None:
         _partition(module, own, groups=groups, first=divided[0] if divided else None)
         divided += own.values()
         for local, parameter in own.items():
-            _fill(start, f"{prefix}.{local}" if prefix else local, parameter)
+            _fill(start, f"{prefix}.{local}" if prefix else local, parameter=parameter)
 
 
-def held(start: Start, name: str, parameter: Tensor, *, begin: int, stop: int) -> Tensor:
+def held(start: Start, name: str, *, parameter: Tensor, begin: int, stop: int) -> Tensor:
     """Flat elements [begin, stop) of what this process has of a parameter below ZeRO 3: the whole, or its slice."""
     part = tensor.slice_of(parameter)
     if part is None:
@@ -104,10 +106,10 @@ def _partition(module: nn.Module, own: dict[str, nn.Parameter], *, groups: Group
 
 
 @torch.no_grad()
-def _fill(start: Start, name: str, parameter: Any) -> None:
+def _fill(start: Start, name: str, *, parameter: Any) -> None:
     """Draw this process's piece of a divided parameter."""
     piece = parameter.ds_tensor
     begin = piece.ds_numel * dist.get_rank(group=parameter.ds_process_group)
     count = min(piece.ds_numel, parameter.ds_numel - begin)
     if count > 0:
-        piece[:count].copy_(held(start, name, parameter, begin=begin, stop=begin + count))
+        piece[:count].copy_(held(start, name, parameter=parameter, begin=begin, stop=begin + count))

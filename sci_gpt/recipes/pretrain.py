@@ -54,29 +54,24 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         ConfigError, DataError, CheckpointError: see the parts. Until all checks have passed, nothing is written.
     """
     store = Store.open(config.data, parts.patience(config))
-    plan, schedule, factor = parts.parallel_plan(config), parts.schedule(config), parts.loss_factor(config)
-    identity = parts.identity(config, store)
+    factor, identity = parts.loss_factor(config), parts.identity(config, store)
     start = where_to_go_on(config.output, identity, contents=False)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     _refuse_long_windows(curriculum)
-    model = _model(config)
+    model = make_model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
 
-    rates = rate_factors(model)
     world = _join(config)
     start = where_to_go_on(config.output, identity, world=world)  # every byte, which all ranks together can read
-    groups = Groups.join(plan, world)
-    place(model, groups, world=world, seed=config.seed)
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
     feed = _feed(config, curriculum, rank=world.rank, start=start)
     validation = Validation(config, store, world=world)  # says which sources it has nothing of
-    adamw = parts.adamw_settings(config)
-    engine = Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rates, groups=groups)
+    engine = make_engine(config, model, world=world)
     if start.checkpoint is not None:
         fragments.load(engine, Reader(start.checkpoint, verified=True))
     with ExitStack() as stack:
-        progress = Progress(schedule.steps)
+        progress = Progress(config.schedule.steps)
         writer = _open_run(config, engine, stack=stack, start=start, told=progress.saved)
         state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
@@ -115,10 +110,24 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     return outcome
 
 
-def _model(config: PretrainConfig) -> SciGPT:
+def make_model(config: PretrainConfig) -> SciGPT:
+    """The run's model; its parameters have no memory yet."""
     model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
     model.checkpointing = config.parallel.activation_checkpointing
     return model
+
+
+def make_engine(config: PretrainConfig, model: SciGPT, *, world: World) -> Engine:
+    """A model cut as the run's plan says, its parameters drawn, under DeepSpeed.
+
+    Raises:
+        ConfigError: the plan is for another number of processes, or cannot divide the model.
+    """
+    plan, rates = parts.parallel_plan(config), rate_factors(model)
+    groups = Groups.join(plan, world)
+    place(model, groups, world=world, seed=config.seed)
+    adamw = parts.adamw_settings(config)
+    return Engine(model, plan=plan, optimizer=adamw, world=world, rate_factors=rates, groups=groups)
 
 
 def _settings(config: PretrainConfig) -> Settings:
