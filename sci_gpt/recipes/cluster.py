@@ -105,7 +105,7 @@ def add_cluster(
         "remedy": None if short <= 0 else remedy(config, model=model, device=device, gpus_per_node=per_node),
         "time": time,
         "checkpoint": checkpoint,
-        "failures": _failures(checkpoint, time, config, cluster=cluster, nodes=nodes),
+        "failures": _failures(checkpoint, time, every=config.checkpoint.every, cluster=cluster, nodes=nodes),
     }
 
 
@@ -218,13 +218,13 @@ def _checkpoint(result: dict[str, Any], *, device: Device, nodes: int, cluster: 
 
 
 def _failures(
-    checkpoint: dict[str, float], time: dict[str, Any], config: PretrainConfig, *, cluster: Cluster, nodes: int
+    checkpoint: dict[str, float], time: dict[str, Any], *, every: int, cluster: Cluster, nodes: int
 ) -> dict[str, float]:
     """As if training waited for the whole write: an asynchronous save costs less."""
     between = cluster.hours_between_failures * 3600 / nodes
     save, restart = checkpoint["write_seconds"], cluster.restart_minutes * 60
     best = daly(save, seconds_between_failures=between)
-    chosen = config.checkpoint.every * time["seconds_per_step"]
+    chosen = every * time["seconds_per_step"]
     at_best, at_chosen = (
         losses(interval, save_seconds=save, seconds_between_failures=between, restart_seconds=restart)
         for interval in (best, chosen)

@@ -24,6 +24,7 @@ from sci_tokenizers.table import make_tokenizer
 from sci_tokenizers.tokenizer import TokenizerSettings
 
 _DRAWN = 16  # masked documents whose hidden tokens are counted
+_NO_NUMBERS = ("flops_by_part", "reading")
 _OF_A_PHASE = ("until_step", "row_length", "activation_bytes")
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
@@ -65,24 +66,32 @@ def plan(
         ConfigError, DataError: an unknown size, a layout or a rate that gives wrong numbers, no store.
     """
     _check_demand(config, tokens_per_second, nodes=nodes)
-    shape, layout = parts.model_shape(config), parts.parallel_plan(config)
+    parts.parallel_plan(config)  # refuses a layout that cannot divide the model
     with torch.device("meta"):
-        model = SciGPT(shape, parts.model_settings(config))
+        model = SciGPT(parts.model_shape(config), parts.model_settings(config))
+    phases = [_phase(config, phase, model=model) for phase in config.phases]
+    _add_reading(config, phases, tokens_per_second=tokens_per_second, nodes=nodes)
+    basis = "at most: a matrix product's rate here" if tokens_per_second is None else "as given"
+    result = _totals(config, phases, model=model, basis=basis)
+    return add_cluster(result, config, model=model, nodes=nodes, cluster=cluster or Cluster())
+
+
+def _totals(config: PretrainConfig, phases: list[dict[str, Any]], *, model: SciGPT, basis: str) -> dict[str, Any]:
+    """The model, what is largest of the phases, and the whole run."""
+    layout = parts.parallel_plan(config)
     by_part = _parameters(model)
     total = sum(by_part.values())
     states = {stage: model_state_bytes(total, layout.zero_ranks, stage, dtype=layout.dtype) for stage in (0, 1, 2, 3)}
-    phases = [_phase(config, phase, model=model) for phase in config.phases]
-    largest = {name: max(phase[name] for phase in phases) for name in phases[0] if name != "flops_by_part"}
-    _add_reading(config, phases, tokens_per_second=tokens_per_second, nodes=nodes)
+    largest = {name: max(phase[name] for phase in phases) for name in phases[0] if name not in _NO_NUMBERS}
     activations = largest["activation_bytes"]
     run = _of_run(config, phases)
-    result = {
+    return {
         "name": config.name,
         "parameters": by_part | {"total": total},
         "processes": layout.world_size,
         "zero_stage": layout.zero_stage,
         "phases": phases,
-        "tokens_per_second_basis": "at most: a matrix product's rate here" if tokens_per_second is None else "as given",
+        "tokens_per_second_basis": basis,
         **{
             name: value
             for name, value in largest.items()
@@ -99,7 +108,6 @@ def plan(
         "model_state_bytes_by_zero_stage": {str(stage): value for stage, value in states.items()},
         "checkpoint_bytes": _CHECKPOINT_BYTES * total,
     }
-    return add_cluster(result, config, model=model, nodes=nodes, cluster=cluster or Cluster())
 
 
 def _parameters(model: SciGPT) -> dict[str, int]:
