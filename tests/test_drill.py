@@ -143,7 +143,7 @@ def test_a_weight_that_is_off_by_a_thousandth_fails_the_drill(drilled: Drilled, 
 
 def test_torchrun_starts_the_workers_again_and_they_go_on(drilled: Drilled) -> None:
     """SIGKILL of one worker under `torchrun --max-restarts`: nobody else does anything, and nothing is lost."""
-    straight = load_config(drilled.folder / "drill" / "straight.yaml", PretrainConfig)
+    straight = load_config(drilled.folder / "drill" / "straight" / "config.yaml", PretrainConfig)
     config = straight.model_copy(update={"output": drilled.folder / "elastic"})
     path = drilled.folder / "elastic.yaml"
     path.write_text(show_config(config))

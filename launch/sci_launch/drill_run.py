@@ -210,7 +210,7 @@ class TrackingServer:
         """Start it, and wait until it answers.
 
         Raises:
-            DrillError: it does not in two minutes.
+            DrillError: it does not in five minutes.
         """
         # Imported here: only this fault needs them.
         import urllib.error
@@ -225,7 +225,7 @@ class TrackingServer:
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        deadline = time.monotonic() + 120.0
+        deadline = time.monotonic() + 300.0
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=5.0):

@@ -145,6 +145,7 @@ def _init_deepspeed(*, rank: int, size: int, gpu: bool, timeout_seconds: float) 
     os.environ.setdefault(
         "MASTER_PORT", "0"
     )  # DeepSpeed wants the name to exist also where a file is the meeting place
+    _meet_after_restart(rank=rank, size=size, gpu=gpu, timeout_seconds=timeout_seconds)
     deepspeed.init_distributed(
         dist_backend="nccl" if gpu else "gloo",
         auto_mpi_discovery=False,
@@ -153,4 +154,28 @@ def _init_deepspeed(*, rank: int, size: int, gpu: bool, timeout_seconds: float) 
         init_method=method,
         rank=rank,
         world_size=size,
+    )
+
+
+def _meet_after_restart(*, rank: int, size: int, gpu: bool, timeout_seconds: float) -> None:
+    """Form the group under a name of its own where torchrun has started the workers of one machine again.
+
+    torch 2.13 keeps one store for all starts of `torchrun --max-restarts`, without a prefix: a worker may find the
+    address that another left there before it was killed, and wait for it until the timeout. On several machines the
+    agents' counts can differ, so that nothing is changed there.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=dist.PrefixStore(f"restart-{restart}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
     )
