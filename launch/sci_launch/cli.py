@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sci_gpt.errors import ConfigError, DataError
 from sci_launch import arguments
-from sci_launch.refusals import for_a_person
 from sci_launch.results import print_result, progress, progress_of_processes
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 0
     except Exception as error:
+        from sci_launch.refusals import for_a_person  # loads numpy, which `--help` does not need
+
         message = for_a_person(error)
         if message is None:
             raise

@@ -1,4 +1,4 @@
-"""`sci-gpt drill`: one straight run, then a run for each fault; do they end with the same losses, weights, samples?"""
+"""`sci-gpt drill`: a straight run, then one for each fault; whether all end with the same losses, weights, samples."""
 
 from __future__ import annotations
 

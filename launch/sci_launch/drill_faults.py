@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -296,10 +297,7 @@ def tracking(bench: Bench) -> Result:
 
 def lacking(uri: str, run: Path) -> str:
     """Steps whose loss a server does not hold, or holds otherwise than the log; "" where it is all there."""
-    # Imported here: MLflow takes seconds, and only this fault needs it.
-    import json
-
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # takes seconds, and only this fault needs it
 
     client = MlflowClient(uri)
     run_id = json.loads((run / TRACKING).read_text(encoding="utf-8"))["run_id"]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 
 from sci_gpt.errors import SciGptError
+from sci_tokenizers import packing, quantizer, sample, tokenizer, tokens, variables
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def for_a_person(error: Exception) -> str | None:
     """The one line for an error that the user can mend; None for a defect of ours, which keeps its traceback."""
-    # Imported here: these load numpy, which `--help` does not need.
-    from sci_tokenizers import packing, quantizer, sample, tokenizer, tokens, variables
-
     of_data = (sample.SampleError, variables.UnitError, variables.UnknownVariableError, tokenizer.TokenizerError)
     of_tokens = (tokens.TokensError, packing.PackingError, quantizer.QuantizerError)
     if isinstance(error, (SciGptError, *of_data, *of_tokens)):

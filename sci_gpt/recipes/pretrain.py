@@ -60,7 +60,6 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     _refuse_long_windows(curriculum)
     model = make_model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
-
     world = _join(config)
     start = where_to_go_on(config.output, identity, world=world)  # every byte, which all ranks together can read
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
@@ -75,7 +74,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         writer = _open_run(config, engine, stack=stack, start=start, told=progress.saved)
         state, tracker = _state(config, store, identity=identity), None
         if world.rank == 0:
-            _introduce(config, curriculum, num_parameters=num_parameters, checkpoint=start.checkpoint)
+            _introduce(config, curriculum, num_parameters=num_parameters, start=start)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
         watch = stack.enter_context(_watchdog(config, world))
@@ -225,7 +224,7 @@ def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: S
     return feed
 
 
-def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, checkpoint: Path | None) -> None:
+def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters: int, start: Start) -> None:
     facts = [f"{config.name}: {num_parameters:,} parameters"]
     for phase, corpus in zip(curriculum.phases, curriculum.corpora, strict=True):
         packing = parts.packing(config, phase, corpus=corpus)
@@ -245,8 +244,8 @@ def _introduce(config: PretrainConfig, curriculum: Curriculum, *, num_parameters
     layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
     facts.append(f"{plan.world_size} processes{f' ({layout})' if layout else ''}, ZeRO {plan.zero_stage}")
     print(" | ".join(facts), flush=True)
-    if checkpoint is not None:
-        print(f"resumes from {checkpoint}", flush=True)
+    if start.checkpoint is not None:
+        print(f"resumes from {start.checkpoint}", flush=True)
 
 
 def _track(config: PretrainConfig, store: Store) -> Tracker:
