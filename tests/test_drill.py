@@ -38,10 +38,10 @@ SKIPS_A_SAMPLE = """
 _whole = where_to_go_on
 
 
-def where_to_go_on(run, identity):
+def where_to_go_on(run, identity, **named):
     from dataclasses import replace
 
-    start = _whole(run, identity)
+    start = _whole(run, identity, **named)
     return replace(start, next_sample=start.next_sample + (start.step > 0))
 """
 ONE_WEIGHT_OFF = """
@@ -101,18 +101,19 @@ def drilled(tmp_path_factory: pytest.TempPathFactory) -> Drilled:
     path = folder / "toy.yaml"
     path.write_text(show_config(toy_config(folder / "store", folder / "runs" / "toy")))
     words = ["drill", str(path), "--output", str(folder / "drill"), "--steps", str(STEPS), "--json"]
-    found, said = command([*words, "--faults", "kill-rank,layout"])
+    found, said = command([*words, "--faults", "kill-rank,layout,corrupt"])
     return Drilled(folder=folder, config=path, result=json.loads(found), said=said)
 
 
-def test_a_killed_rank_and_another_layout_change_nothing(drilled: Drilled) -> None:
+def test_a_killed_rank_another_layout_and_a_flipped_bit_change_nothing(drilled: Drilled) -> None:
     assert drilled.result.keys() == {"faults"}
-    killed, layout = drilled.result["faults"]
+    killed, layout, corrupt = drilled.result["faults"]
     assert set(killed) == KEYS and (killed["fault"], layout["fault"]) == ("kill-rank", "layout")
     assert killed["passed"] and killed["max_loss_difference"] == killed["max_weight_difference"] == 0.0
     assert killed["keys_differ"] == layout["keys_differ"] == 0
     assert 1 <= killed["steps_lost"] <= STEPS // 4 and killed["recovery_seconds"] > 0.5
     assert layout["passed"] and layout["steps_lost"] == 0 and layout["max_loss_difference"] <= 1e-5
+    assert corrupt["passed"] and corrupt["steps_lost"] == STEPS // 4 and corrupt["max_weight_difference"] == 0.0
     assert "kill-rank: passed" in drilled.said and " s in all" in drilled.said
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import parse_config
+from sci_gpt.recipes.parts import model_shape
 from sci_gpt.train.checkpoint import committed, read_weights, step_folder, step_of
 from sci_gpt.train.run_folder import COMPLETE, LOG, REQUEUE, TRACKING, cut_back, read_lines
 from sci_gpt.train.watchdog import FOLDER, PAGE
@@ -164,11 +165,14 @@ def kill_all(bench: Bench) -> Result:
 
 
 def other_layout(config: PretrainConfig) -> dict[str, Any]:
-    """Half the processes, each with more micro-batches, and another ZeRO stage."""
+    """Another ZeRO stage, more micro-batches, and pairs of a tensor axis where a run without axes can have them; else
+    half the processes."""
     parallel = config.parallel
+    axes = parallel.tensor_parallel * parallel.sequence_parallel
+    pairs = axes == 1 and parallel.processes % 2 == 0 and model_shape(config).heads % 2 == 0
     return {
-        "processes": max(1, parallel.processes // (2 * parallel.tensor_parallel * parallel.sequence_parallel)),
-        "tensor_parallel": 1,
+        "processes": parallel.processes if pairs else max(1, parallel.processes // (2 * axes)),
+        "tensor_parallel": 2 if pairs else 1,
         "sequence_parallel": 1,
         "accumulation": 2 * parallel.accumulation + 1,
         "zero_stage": {0: 1, 1: 2, 2: 3, 3: 1}[parallel.zero_stage],
@@ -176,7 +180,7 @@ def other_layout(config: PretrainConfig) -> dict[str, Any]:
 
 
 def layout(bench: Bench) -> Result:
-    """A checkpoint of the straight run goes on over other processes, ZeRO stage and accumulation."""
+    """A checkpoint of the straight run goes on over other axes, ZeRO stage and accumulation."""
     config = bench.variant("layout", {"parallel": other_layout(bench.config)})
     cut_copy(bench.config.output, config.output, step=2 * bench.every)
     return go_on(bench, config, at=time.monotonic(), done=2 * bench.every)

@@ -13,7 +13,7 @@ from sci_gpt.errors import ConfigError
 from sci_gpt.model.flops import PayloadWork, Work, document_pairs, training_flops
 from sci_gpt.model.tiles import tiles_of
 from sci_gpt.model.transformer import SciGPT
-from sci_gpt.parallel.devices import matmul_rate
+from sci_gpt.parallel.devices import MEASURED, matmul_rate
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.cluster import Cluster, add_cluster, describe_cluster
@@ -26,6 +26,7 @@ from sci_tokenizers.tokenizer import TokenizerSettings
 _DRAWN = 16  # masked documents whose hidden tokens are counted
 _NO_NUMBERS = ("flops_by_part", "reading")
 _OF_A_PHASE = ("until_step", "row_length", "activation_bytes")
+_GIVEN = "as given"
 _CHECKPOINT_BYTES = 12  # per parameter: fp32 weight and two moments
 
 
@@ -71,7 +72,7 @@ def plan(
         model = SciGPT(parts.model_shape(config), parts.model_settings(config))
     phases = [_phase(config, phase, model=model) for phase in config.phases]
     _add_reading(config, phases, tokens_per_second=tokens_per_second, nodes=nodes)
-    basis = "at most: a matrix product's rate here" if tokens_per_second is None else "as given"
+    basis = "at most: a matrix product's rate here" if tokens_per_second is None else _GIVEN
     result = _totals(config, phases, model=model, basis=basis)
     return add_cluster(result, config, model=model, nodes=nodes, cluster=cluster or Cluster())
 
@@ -142,19 +143,24 @@ def describe(result: dict[str, Any]) -> str:
     megabytes = {name: value / 1e6 for name, value in result["bytes_per_process"].items()}
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items() if name != "total")
     several = len(result["phases"]) > 1
+    here = result["device"]["name"] == MEASURED  # this machine's product rate says nothing of other devices
+    given = result["tokens_per_second_basis"] == _GIVEN
     lines = [f"{result['name']}: {result['parameters']['total']:,} parameters ({parameters})"]
     for phase in result["phases"]:
         lines += [f"phase to step {phase['until_step']}"] if several else []
         lines += [
             f"tokens per step      {phase['tokens_per_step']:,} (per process {phase['tokens_per_process']:,})",
             f"FLOPs per step       {phase['flops_per_step']:.3g}",
-            f"seconds per step     at least {phase['seconds_per_step_at_least']:.3f} (a matrix product's rate here)",
         ]
-        lines += describe_reading(phase["reading"], basis=result["tokens_per_second_basis"])
+        least = phase["seconds_per_step_at_least"]
+        lines += [f"seconds per step     at least {least:.3f} (a matrix product's rate here)"] if here else []
+        if here or given:
+            lines += describe_reading(phase["reading"], basis=result["tokens_per_second_basis"])
     lines += [
         "the run" if several else "",
         f"tokens of the run    {result['tokens_per_run']:,}",
-        f"FLOPs of the run     {result['flops_per_run']:.3g}, at least {result['seconds_per_run_at_least']:,.0f} s",
+        f"FLOPs of the run     {result['flops_per_run']:.3g}"
+        + (f", at least {result['seconds_per_run_at_least']:,.0f} s" if here else ""),
         f"layout               {result['processes']} processes, ZeRO {result['zero_stage']}",
         f"memory per process   {megabytes['model_states']:.1f} MB model states + {megabytes['activations']:.1f} MB "
         f"activations (ZeRO's arithmetic{', of the largest phase' if several else ''})",
