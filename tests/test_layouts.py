@@ -15,7 +15,7 @@ from sci_gpt.recipes import parts
 from sci_gpt.train.checkpoint import step_folder
 from sci_gpt.train.feed import StepReader
 
-STEPS, SAVED = 6, 3
+STEPS, SAVED = 4, 2
 SIX = {
     "TP2 x DP2, ZeRO 3": Layout(tensor=2, data=2, zero=3),
     "TP2 x SP2, ZeRO 1": Layout(tensor=2, sequence=2, zero=1),
