@@ -78,8 +78,8 @@ def test_named_sample_data_are_kept(script: str, tmp_path: Path) -> None:
 
 
 def test_it_stops_itself(script: str, tmp_path: Path) -> None:
-    assert script.count("LIMIT_MINUTES=75\n") == 1
-    done = run(script.replace("LIMIT_MINUTES=75\n", "LIMIT_MINUTES=0.02\n"), tmp_path, command="sleep 30")
+    assert script.count("LIMIT_MINUTES=85\n") == 1
+    done = run(script.replace("LIMIT_MINUTES=85\n", "LIMIT_MINUTES=0.02\n"), tmp_path, command="sleep 30")
     assert done.returncode == 124
     assert "stopped at its limit of 0.02 minutes" in done.stderr
 
