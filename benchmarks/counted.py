@@ -42,7 +42,10 @@ class Counted(TorchDispatchMode):
                 tensors = [list(_tensors(argument)) for argument in args]
                 whole = max(tensors, key=lambda parts: sum(part.nbytes for part in parts))
                 group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-                axis = self.axes.get(torch.distributed.ProcessGroup.unbox(group).group_name, "world")
+                process_group = torch.distributed.ProcessGroup.unbox(group)
+                if process_group.size() == 1:  # nothing is sent
+                    return func(*args, **(kwargs or {}))
+                axis = self.axes.get(process_group.group_name, "world")
                 key = (axis, kind, str(whole[0].dtype).removeprefix("torch."))
                 self.calls[key] += 1
                 self.bytes[key] += sum(part.nbytes for part in whole)

@@ -27,6 +27,7 @@ from sci_gpt.parallel.tensor import slice_of
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.pretrain import make_engine, make_model
+from sci_gpt.recipes.validation import Validation
 from sci_gpt.train import fragments
 from sci_gpt.train.checkpoint import Reader, read_state
 from sci_gpt.train.commit import CheckpointWriter
@@ -61,6 +62,7 @@ class Layout:
         save: completed steps after which it writes a checkpoint into `folder`.
         load: checkpoint from which it starts.
         count: bytes of collectives are counted.
+        validate: the last step is followed by a validation (which is not counted).
     """
 
     tensor: int = 1
@@ -75,6 +77,7 @@ class Layout:
     save: int = 0
     load: str = ""
     count: bool = False
+    validate: bool = False
 
     @property
     def processes(self) -> int:
@@ -169,12 +172,17 @@ def train(layout: Layout, world: World, *, data: str, session: str) -> dict[str,
         counted = Counted(_axes_of(engine.groups)) if layout.count else None
         with counted or nullcontext():
             trainer.run()
+    scores = {}
+    if layout.validate:
+        with engine.precision():
+            scores = Validation(config, Store.open(config.data), world=world)(engine.module)
     facts = _facts(engine, model, tokens=tokens)
     engine.close()
     return {
         "name": layout.name,
         "steps": records.steps,
         "samples": records.samples,
+        "validation": scores,
         "traffic": counted.table() if counted else [],
         "facts": facts,
     }

@@ -45,9 +45,14 @@ def rows(layout: layouts.Layout, seen: dict[str, Any]) -> list[Row]:
     for axis, kind, dtype, _calls, volume in seen["traffic"]:
         if dtype in ("float32", "bfloat16"):  # other types: numbers that ranks agree on, a few hundred bytes
             counted["zero" if axis == "world" else axis, kind] += volume / steps
-    return [
+    foreseen = [
         Row(axis=axis, kind=kind, counted=counted[axis, kind], expected=bytes_expected, theory=theory)
         for axis, kind, bytes_expected, theory in [*_of_zero(layout, facts), *_of_axes(layout, facts, steps=steps)]
+    ]
+    others = counted.keys() - {(row.axis, row.kind) for row in foreseen}
+    return foreseen + [
+        Row(axis=axis, kind=kind, counted=counted[axis, kind], expected=0.0, theory="not foreseen")
+        for axis, kind in sorted(others)
     ]
 
 

@@ -23,7 +23,7 @@ from sci_gpt.train.signals import Requests
 ADAMW = AdamWSettings(learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip=0.05)
 STEPS, SAVED = 5, 3
 ROWS = 6
-PAIRS = [(1, 1), (1, 3), (3, 3), (3, 1), (1, 0), (0, 2), (2, 0), (2, 3)]
+PAIRS = [(0, 0), (1, 1), (2, 2), (1, 3), (3, 3), (3, 1), (1, 0), (0, 2), (2, 0), (2, 3)]
 
 
 class Net(nn.Module):

@@ -30,6 +30,10 @@ from sci_launch.drill_faults import FAULTS, Result, flip_a_bit
 from toy_store import toy_config, write_store
 
 STEPS = 12
+SEQUENCE = {  # so that the whole of `sci-gpt pretrain` runs on a sequence axis, and goes on with a tensor axis
+    "parallel": {"processes": 2, "sequence_parallel": 2},
+    "checkpoint": {"every": 8, "keep_every": 16, "keep_best": 1},
+}
 PATIENCE_SECONDS = 400.0
 KEYS = {"fault", "passed", "steps_lost", "recovery_seconds", "max_loss_difference", "max_weight_difference"}
 KEYS |= {"keys_differ", "why"}
@@ -99,7 +103,7 @@ def drilled(tmp_path_factory: pytest.TempPathFactory) -> Drilled:
     folder = tmp_path_factory.mktemp("drill")
     write_store(folder / "store")
     path = folder / "toy.yaml"
-    path.write_text(show_config(toy_config(folder / "store", folder / "runs" / "toy")))
+    path.write_text(show_config(toy_config(folder / "store", folder / "runs" / "toy", **SEQUENCE)))
     words = ["drill", str(path), "--output", str(folder / "drill"), "--steps", str(STEPS), "--json"]
     found, said = command([*words, "--faults", "kill-rank,layout,corrupt"])
     return Drilled(folder=folder, config=path, result=json.loads(found), said=said)

@@ -85,14 +85,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def few(place: Place) -> Seen:
     """Tensor and sequence axes, each going on from the other's checkpoint, beside one process: two launches."""
-    two = {name: place.of(layout, name, save=SAVED) for name, layout in FEW.items()}
+    two = {name: replace(place.of(layout, name, save=SAVED), validate=True) for name, layout in FEW.items()}
     two |= {
         f"{source} -> {target}": replace(place.of(FEW[target]), load=str(place.saved(source)))
         for source in FEW
         for target in FEW
     }
     one = {
-        "alone": place.of(Layout()),
+        "alone": replace(place.of(Layout()), validate=True),
         "tensor -> alone": replace(place.of(Layout(zero=3)), load=str(place.saved("tensor"))),
         "bf16": place.of(Layout(dtype="bf16")),
     }
@@ -138,6 +138,14 @@ def test_a_source_is_exhausted_and_starts_again_while_layouts_are_compared(place
         n = rows_read.next_sample
     windows = {one.spec.source: one.num_windows for one in curriculum.corpora[0].windows}
     assert len(keys) > windows["field"] == 3
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_validation_gives_the_scores_of_one_process(few: Seen, name: str) -> None:
+    """Scores of the validation after the last step; each group of processes has windows of its own."""
+    assert set(few["alone"]["validation"]) == {"grid", "series", "trace"}
+    for modality, scores in few["alone"]["validation"].items():
+        assert few[name]["validation"][modality] == pytest.approx(scores, rel=1e-4, abs=1e-5), modality
 
 
 def test_each_micro_batch_counts_once_in_bf16(few: Seen) -> None:
@@ -248,6 +256,9 @@ def test_a_layout_that_cannot_divide_the_model_is_refused() -> None:
         ({"gradient_clipping": 2.0}, "gradient_clipping"),
         ({"optimizer": {"type": "Adam"}}, "optimizer"),
         ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16"),
+        ({"zero_optimization": {"cpu_offload": True}}, "zero_optimization.cpu_offload"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "zero_optimization.zero_hpz_partition_size"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
         ({"zero_optimization": 3}, "zero_optimization"),
     ],
@@ -271,6 +282,7 @@ def test_other_settings_are_passed_on_at_their_place() -> None:
         ({"zero_stage": 0, "sequence_parallel": 2}, "ZeRO 0 is for data parallelism alone"),
         ({"zero_stage": 0, "offload": "optimizer"}, "needs a ZeRO stage from 1 on"),
         ({"zero_stage": 2, "offload": "all"}, "set parallel.zero_stage to 3"),
+        ({"checkpointing": "some"}, "activation_checkpointing is none or selective or full, got 'some'"),
         ({"offload": "disk"}, "offload is none, optimizer or all, got 'disk'"),
         ({"tensor_parallel": 0}, "tensor_parallel is at least 1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def test_the_rank_in_the_earliest_step_and_phase_is_behind() -> None:
     assert behind(early, size=2)[0] == [1]
 
 
+def test_of_two_micro_batches_the_rank_in_the_first_is_behind() -> None:
+    later = replace(standing(0, 5, "forward pass"), micro=2)
+    stuck = replace(standing(1, 5, "backward pass and update"), micro=1)
+    assert behind([later, stuck], size=2)[0] == [1]
+    saves = standing(0, 5, "saving")
+    assert behind([saves, replace(later, rank=1)], size=2)[0] == [1]
+
+
 def test_where_all_stand_at_one_place_nobody_is_blamed() -> None:
     meet = [standing(rank, 5, "backward pass and update") for rank in range(3)]
     ranks, why = behind(meet, size=3)
@@ -85,7 +94,7 @@ def test_where_all_stand_at_one_place_nobody_is_blamed() -> None:
 
 
 def test_a_rank_s_file_is_read_back(tmp_path: Path) -> None:
-    one = standing(3, 17, "forward pass")
+    one = replace(standing(3, 17, "forward pass"), micro=2)
     path = tmp_path / "rank-3.txt"
     path.write_text(one.text() + "\nstacks of all its threads:\nrank: 9\n")
     assert Standing.read(path) == one

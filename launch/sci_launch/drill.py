@@ -58,10 +58,10 @@ def short(config: PretrainConfig, options: Options) -> PretrainConfig:
     processes = options.processes or config.parallel.processes
     if processes < 2:
         raise ConfigError("a drill kills one of several processes: give --processes 2 or more")
-    if options.steps < max(_FEWEST_STEPS, len(config.phases)):
+    if options.steps < max(_FEWEST_STEPS, len(config.phases)) or options.steps % 4:
         raise ConfigError(
-            f"--steps is at least {max(_FEWEST_STEPS, len(config.phases))}: checkpoints every quarter of them, and a "
-            f"step for every phase; got {options.steps}"
+            f"--steps is a multiple of 4, at least {max(_FEWEST_STEPS, len(config.phases))}: checkpoints every quarter "
+            f"of them, and a step for every phase; got {options.steps}"
         )
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if nodes != "1":
@@ -84,7 +84,7 @@ def short(config: PretrainConfig, options: Options) -> PretrainConfig:
             "warmup_steps": min(config.schedule.warmup_steps, steps // 6),
             "cooldown_steps": min(config.schedule.cooldown_steps, steps // 4),
         },
-        "checkpoint": tree["checkpoint"] | {"every": steps // 4, "keep": _KEPT},
+        "checkpoint": tree["checkpoint"] | {"every": steps // 4, "keep": _KEPT, "keep_every": None, "keep_best": 0},
         "validation": {"every": steps, "windows": 1},
         "parallel": tree["parallel"] | {"processes": processes},
         "tracking": {

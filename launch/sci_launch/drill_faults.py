@@ -149,8 +149,8 @@ def kill_rank(bench: Bench) -> Result:
     victim, at = start.workers()[-1], time.monotonic()
     victim.kill()
     start.wait(code=1)
-    said = "was killed by SIGKILL" in start.text or "by peer" in start.text
-    failures = () if said else (f"the launcher does not say how the run ended: {start.last_lines()}",)
+    said = f"rank {bench.config.parallel.processes - 1} of" in start.text and "was killed by SIGKILL" in start.text
+    failures = () if said else (f"the launcher does not say which rank was killed: {start.last_lines()}",)
     return go_on(bench, config, at=at, done=completed(config.output), failures=failures)
 
 
@@ -165,14 +165,16 @@ def kill_all(bench: Bench) -> Result:
 
 
 def other_layout(config: PretrainConfig) -> dict[str, Any]:
-    """Another ZeRO stage, more micro-batches, and pairs of a tensor axis where a run without axes can have them; else
-    half the processes."""
-    parallel = config.parallel
+    """Another ZeRO stage, more micro-batches, and a tensor axis in place of a sequence axis or of half the data groups,
+    where the model can have one; else half the data groups without axes."""
+    parallel, shape = config.parallel, model_shape(config)
     axes = parallel.tensor_parallel * parallel.sequence_parallel
-    pairs = axes == 1 and parallel.processes % 2 == 0 and model_shape(config).heads % 2 == 0
+    tensor = parallel.sequence_parallel if axes > 1 else 2
+    fits = parallel.tensor_parallel == 1 and shape.heads % tensor == shape.hidden % tensor == 0
+    fits = fits and parallel.processes % tensor == 0
     return {
-        "processes": parallel.processes if pairs else max(1, parallel.processes // (2 * axes)),
-        "tensor_parallel": 2 if pairs else 1,
+        "processes": parallel.processes if fits else max(1, parallel.processes // (2 * axes)),
+        "tensor_parallel": tensor if fits else 1,
         "sequence_parallel": 1,
         "accumulation": 2 * parallel.accumulation + 1,
         "zero_stage": {0: 1, 1: 2, 2: 3, 3: 1}[parallel.zero_stage],

@@ -28,7 +28,7 @@ WORKER = "sci_gpt.recipes.pretrain"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 15.0
 _LAST_LINES = 40
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class WorkerFailure(RuntimeError):
@@ -79,8 +79,9 @@ def describe(config: PretrainConfig) -> str:
 def run_workers(module: Sequence[str], *, processes: int, threads: int, meeting_place: Path) -> None:
     """Start `python -m module...` as ranks 0 .. processes - 1 and wait until all have ended.
 
-    SIGTERM, SIGINT and SIGUSR1 to this process go on to every worker once each (a worker starts with them blocked, and
-    unblocks them when it listens: `train.signals.Requests`); a worker that fails ends the others, first politely.
+    SIGTERM, SIGINT and SIGUSR1 to this process go on to every worker once each, SIGUSR2 (save) each time to the first,
+    which tells the others (a worker starts with them blocked, and unblocks them when it listens:
+    `train.signals.Requests`); a worker that fails ends the others, first politely.
     Workers share the terminal's output; their stderr passes through here.
 
     Args:
@@ -176,7 +177,9 @@ def _wait(workers: Sequence[_Worker]) -> _Worker | None:
     while any(worker.process.poll() is None for worker in workers):
         failed = [worker for worker in workers if worker.process.poll() not in (None, 0)]
         if failed and first is None:
-            first, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
+            # One that was killed says more than those that lost it.
+            first = next((worker for worker in failed if worker.process.returncode < 0), failed[0])
+            deadline = time.monotonic() + _GRACE_SECONDS
             for worker in workers:
                 worker.send(signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -192,7 +195,10 @@ def _passing_on(workers: list[_Worker]) -> Iterator[None]:
     sent: set[int] = set()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if number not in sent:
+        if number == signal.SIGUSR2:
+            for worker in workers[:1]:
+                worker.send(number)
+        elif number not in sent:
             sent.add(number)
             for worker in workers:
                 worker.send(number)

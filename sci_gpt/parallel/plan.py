@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from sci_gpt.errors import ConfigError
+from sci_gpt.model.checkpointing import Checkpointing
 from sci_gpt.model.shapes import ModelShape
 
 Dtype = Literal["fp32", "bf16"]
@@ -19,6 +20,7 @@ _OWNED = (
     "optimizer",
     "scheduler",
     "bf16",
+    "bfloat16",
     "fp16",
     "amp",
     "torch_autocast",
@@ -34,8 +36,20 @@ _OWNED = (
     "curriculum_learning",
     "progressive_layer_drop",
     "compression_training",
+    "seq_parallel_communication_data_type",
     "zero_optimization.offload_optimizer",
     "zero_optimization.offload_param",
+    "zero_optimization.cpu_offload",
+    "zero_optimization.cpu_offload_param",
+    "zero_optimization.cpu_offload_use_pin_memory",
+    "zero_optimization.zenflow",
+    # Other divisions than the checkpoint's fragments know, and gradients of fewer bits.
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
 )
 
 
@@ -60,6 +74,7 @@ class ParallelPlan:
             and weights.
         offload: what lies in the host's memory: none, optimizer (its state and step), all (the weights too).
         accumulation: micro-batches per process and optimizer step.
+        checkpointing: what of a layer the backward pass computes again: none, selective or full.
         dtype: of weights and activations; the master weights and moments are fp32 in both, gradients are reduced in
             fp32.
         extra_deepspeed: more of DeepSpeed's settings, as its documentation writes them.
@@ -76,6 +91,7 @@ class ParallelPlan:
     zero_stage: int = 1
     offload: Offload = "none"
     accumulation: int = 1
+    checkpointing: Checkpointing = "none"
     dtype: Dtype = "fp32"
     extra_deepspeed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -89,6 +105,10 @@ class ParallelPlan:
             raise ConfigError(f"dtype is fp32 or bf16, got {self.dtype!r}")
         if self.offload not in ("none", "optimizer", "all"):
             raise ConfigError(f"offload is none, optimizer or all, got {self.offload!r}")
+        if self.checkpointing not in get_args(Checkpointing):
+            raise ConfigError(
+                f"activation_checkpointing is {' or '.join(get_args(Checkpointing))}, got {self.checkpointing!r}"
+            )
         if self.zero_stage == 0:
             self._check_undivided()
         if self.offload == "all" and self.zero_stage != 3:

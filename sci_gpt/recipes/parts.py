@@ -113,6 +113,7 @@ def parallel_plan(config: PretrainConfig) -> ParallelPlan:
         zero_stage=parallel.zero_stage,
         offload=parallel.offload,
         accumulation=parallel.accumulation,
+        checkpointing=parallel.activation_checkpointing,
         dtype=parallel.dtype,
         extra_deepspeed=parallel.extra_deepspeed,
     )

@@ -78,6 +78,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
         watch = stack.enter_context(_watchdog(config, world))
+        writer.moving = watch.again
         validated = partial(_validated, journal, factor=factor, before=start.validation)
         save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)
         trainer = Trainer(
@@ -112,7 +113,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
 def make_model(config: PretrainConfig) -> SciGPT:
     """The run's model; its parameters have no memory yet."""
     model = build_model(parts.model_shape(config), parts.model_settings(config), device="meta")
-    model.checkpointing = config.parallel.activation_checkpointing
+    model.checkpointing = parts.parallel_plan(config).checkpointing
     return model
 
 

@@ -43,6 +43,7 @@ from sci_gpt.train.retention import Retention
 from sci_gpt.train.staging import Staging
 
 _POLL_SECONDS = 0.02
+_TELL_SECONDS = 1.0  # between two looks at whether a save that is waited for goes on
 _LEAVING_SECONDS = 10.0  # for other ranks' parts, when the run has failed meanwhile: they may be dead
 
 
@@ -89,6 +90,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._left_at: float | None = None
+        self._moves = 0
+        self.moving: Callable[[], None] = lambda: None  # called while `finish` waits for a save that goes on
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +157,12 @@ class CheckpointWriter:
             CheckpointError: it failed (see `save`).
         """
         if self._thread is not None:
-            self._thread.join()
+            seen = self._moves
+            while self._thread.is_alive():
+                self._thread.join(_TELL_SECONDS)
+                if self._moves != seen:
+                    seen = self._moves
+                    self.moving()
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -197,17 +205,21 @@ class CheckpointWriter:
 
     def _write_part(self, folder: Path, holding: Holding) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
         path = folder / f"rank-{self.rank:05d}.safetensors"
         part = {
             "format": FORMAT,
             "session": self.session,
             "rank": self.rank,
             "file": path.name,
-            "sha256": write_safetensors(path, holding.tensors),
+            "sha256": write_safetensors(path, holding.tensors, moved=self._moved),
             "adam_step": holding.adam_step,
             "fragments": holding.fragments,
         }
         _write_durably(self._part_list(folder, self.rank), json.dumps(part).encode())
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def _part_list(self, folder: Path, rank: int) -> Path:
         return folder / f"rank-{rank:05d}.parts.json"
@@ -268,6 +280,7 @@ class CheckpointWriter:
                     missing = sorted(set(range(self.size)) - parts.keys() - failures.keys())
                     waited = f"{time.monotonic() - begun:.1f} s"
                     raise self._failed(folder, f"ranks {missing} left no part list in {waited}")
+                self._moved()  # this wait has a limit of its own
                 time.sleep(_POLL_SECONDS)
         if failures:
             rank = min(failures)
@@ -305,8 +318,9 @@ class CheckpointWriter:
         return self._losses[step]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, moved: Callable[[], None] = lambda: None) -> str:
     """Write fp32 tensors in the safetensors format in one pass, fsync, rename into place; returns the file's sha256.
+    `moved` is called after each tensor.
 
     The format (8 bytes header length, JSON header, raw little-endian data) is written here, because the library's
     writer neither streams nor hashes: a checksum would read every checkpoint again.
@@ -338,6 +352,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
+            moved()
         file.flush()
         os.fsync(file.fileno())
     _rename_durably(partial, path)
@@ -356,7 +371,11 @@ def _write_durably(path: Path, data: bytes) -> None:
 def _rename_durably(partial: Path, path: Path) -> None:
     """Atomic rename, and the folder's entry on disk."""
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -76,7 +76,9 @@ def hold(engine: Engine) -> Holding:
         part = slice_of(fragment.parameter)
         at, width = (part.offset, part.width) if part else (0, whole_shape(fragment.parameter)[0])
         rows.append([fragment.name, at, width, fragment.start, fragment.start + fragment.numel])
-        tensors[tensor_key(fragment.name, WEIGHT, offset=at, start=fragment.start)] = fragment.view(fragment.flat)
+        tensors[tensor_key(fragment.name, WEIGHT, offset=at, start=fragment.start)] = fragment.view(
+            fragment.flat
+        ).float()
         if fragment.parameter.requires_grad:
             state = engine.adam.state.get(fragment.flat, {})  # empty before the first step
             if "step" in state:

@@ -54,7 +54,7 @@ class Feed(Protocol):
 class Watch(Protocol):
     """Who looks whether the run still moves (train/watchdog.py)."""
 
-    def at(self, phase: str, *, step: int, keys: Sequence[str] = ()) -> None:
+    def at(self, phase: str, *, step: int, keys: Sequence[str] = (), micro: int = 0) -> None:
         """This rank begins a phase of the step that it works on."""
 
 
@@ -243,9 +243,9 @@ class Trainer:
             previous_alone=self._pending.alone if self._pending else 0.0,
         )
 
-    def _at(self, phase: str, keys: Sequence[str] = ()) -> None:
+    def _at(self, phase: str, keys: Sequence[str] = (), *, micro: int = 0) -> None:
         working = phase not in ("validation", "saving")  # these two follow a step that is completed
-        self.parts.watch.at(phase, step=self.step + working, keys=keys)
+        self.parts.watch.at(phase, step=self.step + working, keys=keys, micro=micro)
 
     def _optimize(
         self, inputs: list[Any], agreement: Agreement, *, rate: float, keys: Sequence[str]
@@ -262,13 +262,13 @@ class Trainer:
         scale = engine.plan.loss_multiplier / agreement.global_weight(factor)
         totals: dict[str, float] = {}
         outcome = StepOutcome(applied=False, gradient_norm=math.nan)
-        for one in inputs:
-            self._at("forward pass", keys)
+        for micro, one in enumerate(inputs, start=1):
+            self._at("forward pass", keys, micro=micro)
             begun = time.monotonic()
             sums = self.parts.objective.sums(engine(one), one)
             local = {modality: float(value.detach()) for modality, value in sums.items()}
             self._alone += time.monotonic() - begun
-            self._at("backward pass and update", keys)
+            self._at("backward pass and update", keys, micro=micro)
             for modality, value in local.items():
                 totals[modality] = totals.get(modality, 0.0) + value
             loss = torch.stack([factor[name.split("/")[0]] * value for name, value in sums.items()]).sum() * scale

@@ -17,15 +17,17 @@ from sci_gpt.train.run_folder import naming, write_whole
 
 FOLDER, PAGE = "hang", "report.txt"
 HANGS = 75  # exit code of a rank that ended because nothing moved: like any crash, not "refused" (2)
-# In the order of a step. In those marked True a rank waits for the others.
+# In the order of a step. In those marked True a rank waits for the others (in the forward pass at ZeRO 3 and on a
+# tensor or sequence axis).
 PHASES = {
     "reading the rows": False,
     "agreeing on the step": True,
-    "forward pass": False,
+    "forward pass": True,
     "backward pass and update": True,
     "validation": True,
     "saving": True,
 }
+_LAST_PASS, _AFTER = "backward pass and update", 10**9
 _LOOKS = 20  # a limit is looked at this many times
 _LONGEST_LOOK, _GRACE = 5.0, 1.0
 _TIMER = 60.0  # seconds beyond twice the limit, after which Python's own timer ends the process
@@ -33,20 +35,22 @@ _TIMER = 60.0  # seconds beyond twice the limit, after which Python's own timer 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a rank stands: the step it is in (1 is the first), the phase of it, for how long, with which rows."""
+    """Where a rank stands: the step it is in (1 is the first), the phase of it and, in passes, the micro-batch (1 is
+    the first), for how long, with which rows."""
 
     rank: int
     step: int
     phase: str
     seconds: float
     keys: tuple[str, ...] = ()
+    micro: int = 0
     who: str = field(default_factory=lambda: f"process {os.getpid()} on {socket.gethostname()}")
 
     def text(self) -> str:
         """The head of a rank's file; `read` takes it back."""
         rows = ", ".join(self.keys) or "none yet"
         return (
-            f"rank: {self.rank}\nwho: {self.who}\nstep: {self.step}\nphase: {self.phase}\n"
+            f"rank: {self.rank}\nwho: {self.who}\nstep: {self.step}\nphase: {self.phase}\nmicro-batch: {self.micro}\n"
             f"seconds without a move: {self.seconds:.1f}\nrows: {rows}\n"
         )
 
@@ -63,14 +67,22 @@ class Standing:
             phase=facts["phase"],
             seconds=float(facts["seconds without a move"]),
             keys=tuple(facts["rows"].split(", ")),
+            micro=int(facts["micro-batch"]),
             who=facts["who"],
         )
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """For comparison: what comes later in a run is greater."""
+        phase = list(PHASES).index(self.phase)
+        after = phase > list(PHASES).index(_LAST_PASS)  # of all micro-batches
+        return self.step, _AFTER if after else self.micro, phase
 
 
 class Unwatched:
     """No watchdog: a trainer without a run folder."""
 
-    def at(self, phase: str, *, step: int, keys: Sequence[str] = ()) -> None:
+    def at(self, phase: str, *, step: int, keys: Sequence[str] = (), micro: int = 0) -> None:
         """Nothing is noted."""
 
 
@@ -100,15 +112,26 @@ class Watchdog:
         self.run, self.rank, self.size, self.limit_seconds = run, rank, size, limit_seconds
         self._end = end
         self._look = min(_LONGEST_LOOK, limit_seconds / _LOOKS)
-        self._noted: tuple[float, str, int, tuple[str, ...]] = (time.monotonic(), "reading the rows", 0, ())
+        self._noted: tuple[float, str, int, tuple[str, ...], int] = (
+            time.monotonic(),
+            "reading the rows",
+            0,
+            (),
+            0,
+        )
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
 
-    def at(self, phase: str, *, step: int, keys: Sequence[str] = ()) -> None:
+    def at(self, phase: str, *, step: int, keys: Sequence[str] = (), micro: int = 0) -> None:
         """Note where this rank is: a phase of PHASES, in the step that it works on, with the keys of its rows."""
-        self._noted = (time.monotonic(), phase, step, tuple(keys))
+        self._noted = (time.monotonic(), phase, step, tuple(keys), micro)
         # File 2 is stderr, also where something has put another object in the place of sys.stderr.
         faulthandler.dump_traceback_later(2 * self.limit_seconds + _TIMER, exit=True, file=2)
+
+    def again(self) -> None:
+        """Where this rank is has not changed, but it moves: a save that is waited for goes on."""
+        _, phase, step, keys, micro = self._noted
+        self.at(phase, step=step, keys=keys, micro=micro)
 
     def __enter__(self) -> Self:
         self._noted = (time.monotonic(), *self._noted[1:])
@@ -133,11 +156,11 @@ class Watchdog:
 
     def _report(self, since: float) -> None:
         """This rank's file, then, when the others have had time for theirs, the page; the process ends here."""
-        _, phase, step, keys = self._noted
+        _, phase, step, keys, micro = self._noted
         folder = self.run / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{self.rank}.txt"
-        mine = Standing(rank=self.rank, step=step, phase=phase, seconds=since, keys=keys)
+        mine = Standing(rank=self.rank, step=step, phase=phase, seconds=since, keys=keys, micro=micro)
         with naming(path), path.open("w", encoding="utf-8") as file:
             file.write(mine.text() + "\nstacks of all its threads:\n")
             file.flush()
@@ -172,15 +195,15 @@ def behind(found: Iterable[Standing], *, size: int) -> tuple[list[int], str]:
     silent = sorted(set(range(size)) - {one.rank for one in found})
     if silent:
         return silent, "it wrote nothing: stopped, dead, or its machine or disk is gone"
-    place = {one.rank: (one.step, list(PHASES).index(one.phase)) for one in found}
+    place = {one.rank: one.place for one in found}
     last = [rank for rank in sorted(place) if place[rank] == min(place.values())]
     if len(last) < size or size == 1:
         one = next(one for one in found if one.rank == last[0])
         return last, f"it is still in step {one.step}, {one.phase}; the others are further"
     waits = PHASES[found[0].phase]
     return [], (
-        "all ranks wait for each other at the same place: the network between them, or one of them inside the library "
-        "that exchanges the numbers (compare the stacks)"
+        "all ranks are at a place where they may wait for each other: the network between them, or one of them inside "
+        "the library that exchanges the numbers (compare the stacks)"
         if waits
         else "all ranks are at the same place and wait for nobody: the store, or watch.hang_seconds is too short"
     )
