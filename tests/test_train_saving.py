@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ class Gate:
     def __init__(self) -> None:
         self.opened = threading.Event()
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+    def write(self, path: Path, tensors: Mapping[str, Tensor], *, moved: Callable[[], None]) -> str:
         assert self.opened.wait(SECONDS), "nobody opened the gate"
-        return WRITE(path, tensors)
+        return WRITE(path, tensors, moved=moved)
 
 
 @pytest.fixture
@@ -61,6 +62,25 @@ def test_a_save_returns_at_once_and_holds_the_weights_of_its_moment(tmp_path: Pa
         assert torch.equal(tensor, truth("weight")[name])
     (saved,) = told
     assert saved.step == 2 and 0 < saved.blocked_seconds < saved.seconds
+
+
+def test_who_waits_for_a_save_hears_that_it_goes_on(tmp_path: Path) -> None:
+    """A hang's limit starts anew with each tensor that is written, and while rank 0 waits within a limit of its own."""
+    first, second = writer(tmp_path, 0, size=2), writer(tmp_path, 1, size=2)
+    heard: list[float] = []
+    first.moving = lambda: heard.append(time.monotonic())
+    first.save(4, holding(0, 2), state={"step": 4})
+
+    def late() -> None:
+        time.sleep(2.5)  # longer than two looks
+        second.save(4, holding(1, 2), state={})
+
+    other = threading.Thread(target=late)
+    other.start()
+    first.finish()
+    other.join()
+    second.finish()
+    assert len(heard) >= 2 and latest(tmp_path) == step_folder(tmp_path, 4)
 
 
 def test_what_is_handed_in_as_state_is_that_of_its_moment(tmp_path: Path, gate: Gate) -> None:
@@ -128,7 +148,7 @@ def test_rank_0_hears_of_another_ranks_failure_and_does_not_wait(tmp_path: Path)
 
 
 def test_an_error_that_is_no_full_disk_comes_out_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    def broken(path: Path, tensors: Mapping[str, Tensor], *, moved: Callable[[], None]) -> str:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(commit, "write_safetensors", broken)
