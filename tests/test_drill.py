@@ -268,6 +268,7 @@ def test_the_short_run_is_the_configuration_s_own(tmp_path: Path) -> None:
     assert straight.output == tmp_path / "runs" / "toy-drill" / "straight"
     assert [phase.until_step for phase in straight.phases] == [1, 2, 8]
     assert (straight.schedule.steps, straight.checkpoint.every, straight.checkpoint.keep) == (8, 2, 4)
+    assert (straight.checkpoint.keep_every, straight.checkpoint.keep_best) == (None, 0)
     assert straight.parallel.processes == 3 and straight.tracking.registered_model is None
     assert straight.model == config.model and straight.phases[0].mixture == config.phases[0].mixture
 
@@ -277,7 +278,8 @@ def test_what_cannot_be_drilled_is_refused(tmp_path: Path, monkeypatch: pytest.M
     refused = {
         "--faults: there is no 'sigtrem'; there are sigterm, kill-rank": Options(faults=("sigtrem",)),
         "give --processes 2 or more": Options(processes=1),
-        "--steps is at least 8": Options(steps=7),
+        "--steps is a multiple of 4, at least 8: .* got 4": Options(steps=4),
+        "--steps is a multiple of 4, .* got 11": Options(steps=11),
     }
     for message, options in refused.items():
         with pytest.raises(ConfigError, match=message):

@@ -174,7 +174,7 @@ def test_only_unfinished_points_are_trained(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--set", "sizes.0.size=2M"], "sizes: one of tiny, 100k, 300k, 1M"),
+        (["--set", "sizes.0.size=2M"], "sizes: one of tiny, 100k, 200k, 300k, 1M"),
         (["--set", "tokens=[100, 2880]"], "give budgets of two steps or more"),
         (["--set", "tokens=[2880, 2900]"], "differ by a step at least"),
         (["--set", "sizes.0.learning_rate=0.1"], "was trained with optimizer"),

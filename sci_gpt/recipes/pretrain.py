@@ -77,8 +77,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             _introduce(config, curriculum, num_parameters=num_parameters, start=start)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
-        watch = stack.enter_context(_watchdog(config, world))
-        writer.moving = watch.again
+        watch = stack.enter_context(_watchdog(config, world, writer=writer))
         validated = partial(_validated, journal, factor=factor, before=start.validation)
         save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)
         trainer = Trainer(
@@ -212,8 +211,10 @@ def _join(config: PretrainConfig) -> World:
     return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
 
 
-def _watchdog(config: PretrainConfig, world: World) -> Watchdog:
-    return Watchdog(config.output, rank=world.rank, size=world.size, limit_seconds=config.watch.hang_seconds)
+def _watchdog(config: PretrainConfig, world: World, *, writer: CheckpointWriter) -> Watchdog:
+    watch = Watchdog(config.output, rank=world.rank, size=world.size, limit_seconds=config.watch.hang_seconds)
+    writer.moving = watch.again
+    return watch
 
 
 def _feed(config: PretrainConfig, curriculum: Curriculum, *, rank: int, start: Start) -> Prefetch:
