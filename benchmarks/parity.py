@@ -83,12 +83,14 @@ def main() -> int:
     """Exit code 1 where a layout is beyond the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="the quickstart's store")
+    parser.add_argument("--dtypes", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="of these types alone")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parsed = parser.parse_args()
     begun = time.monotonic()
-    rows = compare(table(), parsed.data)
+    rows = compare(table(dtypes=parsed.dtypes), parsed.data)
     text = lines(rows)
-    made = f"Made by `python -m benchmarks.parity --write` in {(time.monotonic() - begun) / 60:.0f} min ({machine()})."
+    minutes, dtypes = (time.monotonic() - begun) / 60, " ".join(parsed.dtypes)
+    made = f"Made by `python -m benchmarks.parity --dtypes {dtypes} --write` in {minutes:.0f} min ({machine()})."
     print("\n".join([*text, made]))
     if parsed.write:
         write_section("parity", [*text, made], title="Any layout, the same loss", path=PAGE)
