@@ -206,4 +206,4 @@ def fill_the_disk_and_save(desk: Desk, process: subprocess.Popen[str]) -> None:
         (desk.disk / "ballast").write_bytes(bytes(shutil.disk_usage(desk.disk).free - FREE))
     else:
         workers[-1].rlimit(psutil.RLIMIT_FSIZE, (FREE, FREE))
-    workers[0].send_signal(signal.SIGUSR2)
+    process.send_signal(signal.SIGUSR2)  # the launcher, which tells a worker
