@@ -41,7 +41,7 @@ from sci_tokenizers.packing import Batch
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "pretrain" / "quickstart.yaml"
 # Not as in the quickstart: a trunk whose heads four processes can share, two micro-batches, clipping in every step, a
-# warm-up that is over soon, and a rate at which a step does not magnify the last digit of the one before.
+# warm-up that is over soon, and a tenth of the rate (docs/parallel.md says why).
 CHANGES = {
     "model.size": "200k",
     "optimizer.learning_rate": 5e-4,

@@ -1,4 +1,4 @@
-"""Devices: peak rates, memory and links of accelerators from their vendors' data sheets, and what this machine has."""
+"""Devices: peak rates, memory and links of accelerators, from memory of their data sheets, and of this machine."""
 
 from __future__ import annotations
 
