@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def table(axes: Sequence[tuple[int, int, int]] = AXES, dtypes: Iterable[str] = (
     return sorted(layouts, key=lambda layout: layout.processes)
 
 
-def reference(dtype: str) -> Layout:
-    """One process, against which the others are held: the first stage that has master weights."""
-    return Layout(zero=1, dtype=dtype, steps=STEPS)
+def reference(layout: Layout) -> Layout:
+    """One process, against which a layout is held: the first stage that has master weights."""
+    return Layout(zero=1, dtype=layout.dtype, steps=STEPS, changes=layout.changes)
 
 
 def compare(layouts: Sequence[Layout], data: Path) -> list[dict[str, Any]]:
     """Train all, a process group for each number of processes; rows {layout, loss, gradient_norm, within}."""
-    wanted = [reference(dtype) for dtype in sorted({layout.dtype for layout in layouts})]
+    wanted = list({layout.dtype: reference(layout) for layout in layouts}.values())
     references = dict(zip([layout.dtype for layout in wanted], run(wanted, data), strict=True))
     rows = []
     for processes in sorted({layout.processes for layout in layouts}):
@@ -84,16 +85,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="the quickstart's store")
     parser.add_argument("--dtypes", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="of these types alone")
+    parser.add_argument("--processes", type=int, default=4, help="layouts of at most so many")
+    parser.add_argument("--rate", type=float, help="another learning rate, into a table of its own")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parsed = parser.parse_args()
     begun = time.monotonic()
-    rows = compare(table(dtypes=parsed.dtypes), parsed.data)
+    changes = {"optimizer.learning_rate": parsed.rate} if parsed.rate else {}
+    layouts = [replace(layout, changes=changes) for layout in table(dtypes=parsed.dtypes)]
+    rows = compare([layout for layout in layouts if layout.processes <= parsed.processes], parsed.data)
     text = lines(rows)
-    minutes, dtypes = (time.monotonic() - begun) / 60, " ".join(parsed.dtypes)
-    made = f"Made by `python -m benchmarks.parity --dtypes {dtypes} --write` in {minutes:.0f} min ({machine()})."
+    minutes, words = (time.monotonic() - begun) / 60, " ".join(sys.argv[1:])
+    made = f"Made by `python -m benchmarks.parity {words}` in {minutes:.0f} min ({machine()})."
     print("\n".join([*text, made]))
     if parsed.write:
-        write_section("parity", [*text, made], title="Any layout, the same loss", path=PAGE)
+        name, title = ("parity-rate", f", at a rate of {parsed.rate:g}") if parsed.rate else ("parity", "")
+        write_section(name, [*text, made], title=f"Any layout, the same loss{title}", path=PAGE)
     beyond = [row["layout"].name for row in rows if not row["within"]]
     if beyond:
         print(f"beyond the limit: {'; '.join(beyond)}", file=sys.stderr)
