@@ -1,4 +1,4 @@
-"""`sci-gpt drill` on two real processes, a torchrun that restarts by itself, and two products broken on purpose."""
+"""`sci-gpt drill` whole on two real processes, a torchrun that restarts by itself, two products broken on purpose."""
 
 from __future__ import annotations
 
@@ -91,10 +91,12 @@ class Drilled:
     result: dict[str, Any]
     said: str
 
-    def again(self, faults: str, *, root: Path | None = None, code: int = 0) -> tuple[dict[str, Any], str]:
+    def again(
+        self, faults: str, *, more: Sequence[str] = (), root: Path | None = None, code: int = 0
+    ) -> tuple[dict[str, Any], str]:
         """Another drill against the same straight run; its result and what it wrote on stderr."""
         words = ["drill", str(self.config), "--output", str(self.folder / "drill"), "--steps", str(STEPS), "--json"]
-        found, said = command([*words, "--faults", faults, "--keep-straight"], root=root, code=code)
+        found, said = command([*words, "--faults", faults, "--keep-straight", *more], root=root, code=code)
         return json.loads(found), said
 
 
@@ -119,6 +121,18 @@ def test_a_killed_rank_another_layout_and_a_flipped_bit_change_nothing(drilled: 
     assert layout["passed"] and layout["steps_lost"] == 0 and layout["max_loss_difference"] <= 1e-5
     assert corrupt["passed"] and corrupt["steps_lost"] == STEPS // 4 and corrupt["max_weight_difference"] == 0.0
     assert "kill-rank: passed" in drilled.said and " s in all" in drilled.said
+
+
+def test_the_other_faults_change_nothing_either(drilled: Drilled) -> None:
+    """Bit for bit the straight run's losses and weights after each of them."""
+    found, _ = drilled.again("sigterm,kill-all,hang,non-finite,tracking", more=("--hang-seconds", "5"))
+    rows = {row["fault"]: row for row in found["faults"]}
+    assert tuple(rows) == ("sigterm", "kill-all", "hang", "non-finite", "tracking")
+    for row in rows.values():
+        assert row["passed"] and set(row) == KEYS, row
+        assert row["max_loss_difference"] == row["max_weight_difference"] == row["keys_differ"] == 0, row
+    for name in ("kill-all", "hang"):
+        assert 1 <= rows[name]["steps_lost"] <= STEPS // 4 and rows[name]["recovery_seconds"] > 0.5, rows[name]
 
 
 def broken(folder: Path, root: Path, file: str, *, more: str) -> Path:

@@ -14,7 +14,7 @@ from sci_gpt.parallel.device_memory import device_memory
 from sci_gpt.parallel.devices import DEVICES, NAMES, device_named
 from sci_gpt.parallel.failures import daly, losses, young
 from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
-from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.plan import Dtype, ParallelPlan
 from sci_gpt.parallel.published import Gpt, training_days
 from sci_gpt.parallel.roofline import Load, link_rate, step_time
 
@@ -117,8 +117,9 @@ def test_activations_are_those_of_korthikanti() -> None:
     assert gpt3.activation_bytes(1) == unit * (34 + 80)
     assert gpt3.activation_bytes(1, tensor=8) == unit * (10 + 24 / 8 + 80 / 8)  # equation 2
     assert gpt3.activation_bytes(1, tensor=8, sequence_too=True) == unit / 8 * (34 + 80)  # equation 4
-    assert gpt3.activation_bytes(1, tensor=8, sequence_too=True, recompute="selective") == unit * 34 / 8  # equation 6
+    assert gpt3.activation_bytes(1, tensor=8, sequence_too=True, recompute="selective") == unit * 34 / 8  # table 2
     assert gpt3.activation_bytes(4, recompute="full") == 4 * 2 * unit
+    assert gpt3.activation_bytes(1, tensor=8, sequence_too=True, recompute="full") == 2 * unit  # table 2: undivided
     for gpt, saved in ((gpt3, 70), (mtnlg, 65)):
         part = gpt.activation_bytes(1, recompute="selective") / gpt.activation_bytes(1)
         assert round(100 * (1 - part)) == saved
@@ -178,11 +179,16 @@ def _load(*, flops: float = 0.0, parameters: float = 1e9, tokens: int = 0, layer
     )
 
 
-# Values that a process sends in a step of a model of P parameters over N: 2P (N - 1) / N at ZeRO 0 to 2 and 3P at 3
-# (ZeRO, section 7). Here gradients are fp32 and weights bf16: 4 + 2, and 4 + 2 x 2 bytes.
-@pytest.mark.parametrize(("stage", "bytes_of_a_parameter"), [(1, 6), (2, 6), (3, 8)])
-def test_bytes_of_zero(stage: int, bytes_of_a_parameter: int) -> None:
-    plan = ParallelPlan(data_parallel=4, zero_stage=stage, dtype="bf16")
+# Values that a process sends in a step of a model of P parameters: 2P at ZeRO 1 and 2, 3P at 3 (ZeRO, section 7; a ring
+# of N sends (N - 1) / N of that). DeepSpeed was counted (benchmarks/traffic.py) to sum gradients whole at 1 and 2: 2P
+# for P. Here gradients are fp32 and weights bf16: 2 x 4 + 2, and 4 + 2 x 2 bytes; at 0 gradients alone travel.
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "bytes_of_a_parameter"),
+    [(0, 1, 8), (1, 1, 10), (1, 2, 10), (2, 1, 10), (2, 2, 18), (3, 1, 8)],
+)
+def test_bytes_of_zero(stage: int, accumulation: int, bytes_of_a_parameter: int) -> None:
+    dtype: Dtype = "bf16" if stage else "fp32"
+    plan = ParallelPlan(data_parallel=4, zero_stage=stage, dtype=dtype, accumulation=accumulation)
     found = step_time(_load(), plan, device=DEVICES["a100"], gpus_per_node=8)
     assert found.bytes_sent == {"zero": bytes_of_a_parameter * 1e9 * 3 / 4, "tensor": 0, "sequence": 0}
 
@@ -210,6 +216,9 @@ def test_groups_use_the_links_that_they_have() -> None:
     assert link_rate(a100, size=16, stride=1, gpus_per_node=8) == pytest.approx(0.8 * 200e9)
     assert link_rate(a100, size=4, stride=8, gpus_per_node=8) == pytest.approx(0.8 * 25e9)
     assert link_rate(a100, size=16, stride=1, gpus_per_node=8, ring=False) == pytest.approx(0.8 * 25e9)
+    # an MI300X has a link of 64 GB/s to each of the seven others, and no switch
+    assert link_rate(DEVICES["mi300x"], size=2, stride=1, gpus_per_node=8) == pytest.approx(0.8 * 64e9)
+    assert link_rate(DEVICES["mi300x"], size=8, stride=1, gpus_per_node=8) == pytest.approx(0.8 * 448e9)
 
 
 def test_zero_3_hides_its_communication_and_zero_1_does_not() -> None:
@@ -220,6 +229,11 @@ def test_zero_3_hides_its_communication_and_zero_1_does_not() -> None:
     )
     assert one.exposed == pytest.approx(one.zero) and one.zero > 0
     assert three.exposed == 0.0 < three.zero < three.products
+    # passed on, the backward pass hides the summing of gradients, 8 of 12 bytes; the gathering of weights still waits
+    extra = {"zero_optimization": {"overlap_comm": True}}
+    hiding = ParallelPlan(data_parallel=8, zero_stage=1, extra_deepspeed=extra)
+    found = step_time(load, hiding, device=DEVICES["h100"], gpus_per_node=8)
+    assert found.exposed == pytest.approx(one.zero / 3)
     tensor = ParallelPlan(data_parallel=4, tensor_parallel=2, zero_stage=3)
     found = step_time(_load(flops=1e18, tokens=4096), tensor, device=DEVICES["h100"], gpus_per_node=8)
     assert found.exposed == pytest.approx(found.tensor) and found.tensor > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,33 @@ def test_a_resume_cuts_every_log_back_to_the_checkpoint(tmp_path: Path) -> None:
     log.append({"step": 4})
     log.close()
     assert [record["step"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_line_that_is_no_record_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\x00\n{"step": 3}\n')
+    with pytest.raises(
+        CheckpointError, match=r"log\.jsonl, line 2: expected a JSON record, .* remove that line"
+    ) as error:
+        cut_back(tmp_path, 1)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "log.jsonl").read_bytes().count(b"\n") == 3, "nothing is thrown away"
+
+
+def test_logs_come_to_the_disk_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's keys and log, another rank's keys; and what is written whole, with the name that its folder holds."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(number: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{number}"), tmp_path))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    for rank in (0, 1):
+        RunJournal(tmp_path, rank=rank, progress=Progress(3), tracker=None).sync()
+    assert synced == ["keys/rank-0.jsonl", "log.jsonl", "keys/rank-1.jsonl"]
+    write_marker(tmp_path, "requeue", content={"step": 5})
+    assert synced[3:] == ["requeue.partial", "."]
 
 
 def test_a_log_on_a_full_disk_says_which_file_it_is() -> None:

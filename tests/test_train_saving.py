@@ -64,6 +64,24 @@ def test_a_save_returns_at_once_and_holds_the_weights_of_its_moment(tmp_path: Pa
     assert saved.step == 2 and 0 < saved.blocked_seconds < saved.seconds
 
 
+def test_what_belongs_to_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path: Path) -> None:
+    """The logs of its steps: where they cannot be brought there, the checkpoint is not committed."""
+    saving, seen = writer(tmp_path), list[list[str]]()
+    saving.before_part = lambda: seen.append([path.name for path in step_folder(tmp_path, 2).glob("*.json")])
+    saving.save(2, holding(0, 1), state={"step": 2})
+    saving.finish()
+    assert seen == [[]] and latest(tmp_path) == step_folder(tmp_path, 2)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", "log.jsonl")
+
+    saving.before_part = full
+    saving.save(4, holding(0, 1), state={"step": 4})
+    with pytest.raises(CheckpointError, match=r"No space left on device: 'log\.jsonl'"):
+        saving.finish()
+    assert latest(tmp_path) == step_folder(tmp_path, 2)
+
+
 def test_who_waits_for_a_save_hears_that_it_goes_on(tmp_path: Path) -> None:
     """A hang's limit starts anew with each tensor that is written, and while rank 0 waits within a limit of its own."""
     first, second = writer(tmp_path, 0, size=2), writer(tmp_path, 1, size=2)

@@ -28,9 +28,15 @@ class DrillError(RuntimeError):
     """A part of a drill could not be done, or a run did not behave: the fault's row says so."""
 
 
-def completed(run: Path) -> int:
-    """Steps in a run's log."""
+def logged(run: Path) -> int:
+    """Steps in a run's log, where one stands when the next has begun."""
     return max((record["step"] for record in read_lines(run / LOG)), default=0)
+
+
+def completed(run: Path) -> int:
+    """Steps that a run has completed: a rank notes its samples right after the update."""
+    noted = [record["step"] for path in (run / "keys").glob("rank-*.jsonl") for record in read_lines(path)]
+    return max([logged(run), *noted])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ class Start:
         log = self.config.output / LOG
         while time.monotonic() < deadline:
             ended = self.process.poll() is not None
-            if log.exists() and log.stat().st_size and completed(self.config.output) >= step:
+            if log.exists() and log.stat().st_size and logged(self.config.output) >= step:
                 return time.monotonic()
             if ended:
                 raise DrillError(f"the run ended before step {step}: {self.last_lines()}")

@@ -1,4 +1,4 @@
-"""Devices: peak rates, memory and links of accelerators, from memory of their data sheets, and of this machine."""
+"""Devices: peak rates, memory and links of accelerators, as pages quote data sheets, and of this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Device:
         memory: bytes.
         reserved: bytes of it that libraries and the allocator take.
         bandwidth: bytes to and from the device's own memory.
-        link: bytes between devices of a node.
+        link: bytes between devices of a node, all of a device's links together.
+        link_peers: 0: links meet in a switch; else the other devices to which each of them leads.
         network: bytes between nodes, this device's share of the node's adapters.
         host_link: bytes between the device and its host's memory.
         host_memory: bytes of the host, this device's share; a CPU's own memory is all there is.
@@ -45,12 +46,23 @@ class Device:
     host_link: float
     host_memory: float
     kind: Literal["cpu", "gpu"] = "gpu"
+    link_peers: int = 0
     attainable: float = 0.6
     attainable_bandwidth: float = 0.8
 
 
 def _gpu(
-    name: str, *, bf16: float, fp32: float, gigabytes: float, bandwidth: float, link: float, network: float, host: float
+    name: str,
+    *,
+    bf16: float,
+    fp32: float,
+    gigabytes: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    host: float,
+    link_peers: int = 0,
+    host_memory: float = 250e9,
 ) -> Device:
     return Device(
         name=name,
@@ -61,32 +73,55 @@ def _gpu(
         link=link * 1e9,
         network=network * 1e9,
         host_link=host * 1e9,
-        host_memory=250e9,
+        host_memory=host_memory,
+        link_peers=link_peers,
     )
 
 
-# TFLOP/s (dense: half of what a data sheet prints "with sparsity"), GB, GB/s; links in one direction.
+# TFLOP/s (dense: half of what a data sheet prints "with sparsity"), GB, GB/s; links in one direction. Compared with
+# DGX user guides and with public tables that quote the data sheets (ml-engineering's accelerators and networks,
+# torchtitan's peaks, llm-analysis' GPUs); the sheets themselves were not opened. A card of "80 GB" reports some % more.
 # a100: NVIDIA A100 data sheet (2021): 312, 19.5; 80 GB at 2,039 GB/s (40 GB at 1,555); NVLink 600 GB/s both ways.
 #   Network: DGX A100 data sheet: 8 x 200 Gbit/s for 8 GPUs.
 # h100: NVIDIA H100 data sheet (SXM5, 2022): 1,979 with sparsity, 67; 80 GB at 3.35 TB/s; NVLink 900 GB/s both ways.
 # h200: NVIDIA H200 data sheet (SXM): as H100, 141 GB at 4.8 TB/s. DGX H100/H200: 8 x 400 Gbit/s.
-# b200: NVIDIA Blackwell data sheet (HGX B200, 1,000 W): 4,500 with sparsity, 80; DGX B200 data sheet, an eighth:
-#   1,440 GB, 64 TB/s, NVLink 14.4 TB/s both ways, 8 x 400 Gbit/s.
+# b200: NVIDIA's HGX B200 column, an eighth: 4,500 with sparsity, 75 (older tables: 80), 7.7 TB/s (older: 8); DGX B200
+#   user guide: 1,440 GB, NVLink 14.4 TB/s both ways, 8 x 400 Gbit/s.
 # l40s: NVIDIA L40S data sheet: 362 (dense), 91.6; 48 GB at 864 GB/s; PCIe 4 x16, no NVLink; 200 Gbit/s assumed.
-# mi300x: AMD Instinct MI300X data sheet: 1,307, 163.4; 192 GB at 5.3 TB/s; 7 links of 128 GB/s both ways; 400 Gbit/s
-#   (the platform's reference design).
-# host: 2 TB for 8 devices (the DGX data sheets), assumed for l40s and mi300x too; PCIe x16 of the generation that the
-#   data sheet names, one direction: 32 (4) or 64 (5).
+# mi300x: AMD Instinct MI300X data sheet: 1,307, 163.4; 192 GB at 5.3 TB/s; 7 links of 128 GB/s both ways, one to
+#   each of the other seven; 400 Gbit/s for a device (Azure's ND MI300X v5).
+# host: 2 TB for 8 devices (the DGX data sheets; DGX A100 of 40 GB: 1 TB), assumed for l40s and mi300x too; PCIe x16 of
+#   the generation that the data sheet names, one direction: 32 (4) or 64 (5).
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         _gpu("a100", bf16=312, fp32=19.5, gigabytes=80, bandwidth=2039, link=300, network=25, host=32),
-        _gpu("a100-40gb", bf16=312, fp32=19.5, gigabytes=40, bandwidth=1555, link=300, network=25, host=32),
-        _gpu("h100", bf16=989.5, fp32=67, gigabytes=80, bandwidth=3350, link=450, network=50, host=64),
-        _gpu("h200", bf16=989.5, fp32=67, gigabytes=141, bandwidth=4800, link=450, network=50, host=64),
-        _gpu("b200", bf16=2250, fp32=80, gigabytes=180, bandwidth=8000, link=900, network=50, host=64),
+        _gpu(
+            "a100-40gb",
+            bf16=312,
+            fp32=19.5,
+            gigabytes=40,
+            bandwidth=1555,
+            link=300,
+            network=25,
+            host=32,
+            host_memory=125e9,
+        ),
+        _gpu("h100", bf16=989.4, fp32=67, gigabytes=80, bandwidth=3350, link=450, network=50, host=64),
+        _gpu("h200", bf16=989.4, fp32=67, gigabytes=141, bandwidth=4800, link=450, network=50, host=64),
+        _gpu("b200", bf16=2250, fp32=75, gigabytes=180, bandwidth=7700, link=900, network=50, host=64),
         _gpu("l40s", bf16=362, fp32=91.6, gigabytes=48, bandwidth=864, link=32, network=25, host=32),
-        _gpu("mi300x", bf16=1307.4, fp32=163.4, gigabytes=192, bandwidth=5300, link=448, network=50, host=64),
+        _gpu(
+            "mi300x",
+            bf16=1307.4,
+            fp32=163.4,
+            gigabytes=192,
+            bandwidth=5300,
+            link=448,
+            network=50,
+            host=64,
+            link_peers=7,
+        ),
     )
 }
 MEASURED = "measured"

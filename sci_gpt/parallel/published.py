@@ -38,11 +38,11 @@ class Gpt:
             sequences: b, of a micro-batch.
             tensor: t, devices among which a layer is divided.
             sequence_too: norms and dropouts are divided too (Megatron's sequence parallelism).
-            recompute: selective computes attention's scores again, full keeps the layer's input alone.
+            recompute: selective computes attention's scores again, full keeps the layer's input alone, undivided.
         """
         unit = float(self.sequence * sequences * self.width)
         if recompute == "full":
-            return 2 * unit / (tensor if sequence_too else 1)
+            return 2 * unit
         scores = 0.0 if recompute == "selective" else 5 * self.heads * self.sequence / self.width
         if sequence_too:
             return unit * (34 + scores) / tensor

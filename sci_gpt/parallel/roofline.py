@@ -121,20 +121,20 @@ def _ring(processes: int) -> float:
 def _sent(load: Load, plan: ParallelPlan, *, checkpointing: Checkpointing) -> dict[str, float]:
     """Bytes that a process sends in a step, by axis.
 
-    ZeRO 0 to 2: gradients in fp32 are scattered (P) and weights, or at 0 gradients, gathered (P): 2P values. ZeRO 2
-    scatters after every micro-batch. ZeRO 3 gathers weights for both passes of every micro-batch and scatters
-    gradients: 3P. A tensor axis all-reduces tokens x width four times a layer, six times where the layer is computed
-    again; a sequence axis exchanges queries, keys, values and results (4 all-to-alls) in each pass, and gathers the
-    trunk's result.
+    ZeRO 0: gradients are summed, 2P values of a ring. ZeRO 1 and 2: DeepSpeed sums whole buckets of gradients (2P, at 2
+    after every micro-batch) where theory scatters them (P), and gathers weights (P). ZeRO 3 gathers weights for both
+    passes of every micro-batch and scatters gradients: 3P. Gradients are fp32. A tensor axis all-reduces tokens x width
+    four times a layer, six times where the layer is computed again; a sequence axis exchanges queries, keys, values and
+    results (4 all-to-alls) in each pass, and gathers the trunk's result.
     """
     size, of_zero = _weight_bytes(plan), _ring(plan.zero_ranks) * load.num_params
     match plan.zero_stage:
         case 0:
             zero = 2 * _FP32 * of_zero
         case 1:
-            zero = (_FP32 + size) * of_zero
+            zero = (2 * _FP32 + size) * of_zero
         case 2:
-            zero = (_FP32 * plan.accumulation + size) * of_zero
+            zero = (2 * _FP32 * plan.accumulation + size) * of_zero
         case _:
             zero = (_FP32 + 2 * size) * plan.accumulation * of_zero
     tokens = load.num_tokens / plan.sequence_parallel
@@ -178,7 +178,8 @@ def link_rate(device: Device, *, size: int, stride: int, gpus_per_node: int, rin
             all-to-all sends nearly everything through each process's own.
     """
     if size * stride <= gpus_per_node:
-        return device.link * device.attainable_bandwidth
+        share = min(1.0, (size - 1) / device.link_peers) if device.link_peers else 1.0
+        return device.link * share * device.attainable_bandwidth
     members = max(1, gpus_per_node // stride) if ring else 1
     return min(device.link, members * device.network) * device.attainable_bandwidth
 
@@ -199,4 +200,7 @@ def _host(load: Load, plan: ParallelPlan, *, device: Device) -> tuple[float, flo
 
 def _reduced_share(plan: ParallelPlan) -> float:
     """Of ZeRO's bytes at stages 0 to 2, what is gradients in the backward pass."""
-    return _FP32 / (_FP32 + _weight_bytes(plan))
+    if plan.zero_stage == 0:
+        return 1.0
+    gradients = 2 * _FP32 * (plan.accumulation if plan.zero_stage == 2 else 1)
+    return gradients / (gradients + _weight_bytes(plan))

@@ -77,6 +77,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
             _introduce(config, curriculum, num_parameters=num_parameters, start=start)
             tracker = _track(config, store)
         journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
+        writer.before_part = journal.sync
         watch = stack.enter_context(_watchdog(config, world, writer=writer))
         validated = partial(_validated, journal, factor=factor, before=start.validation)
         save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)

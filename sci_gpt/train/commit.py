@@ -40,6 +40,7 @@ from sci_gpt.train.checkpoint import (
 )
 from sci_gpt.train.fragments import Holding
 from sci_gpt.train.retention import Retention
+from sci_gpt.train.run_folder import rename_durably, sync_folder, write_whole
 from sci_gpt.train.staging import Staging
 
 _POLL_SECONDS = 0.02
@@ -92,6 +93,8 @@ class CheckpointWriter:
         self._left_at: float | None = None
         self._moves = 0
         self.moving: Callable[[], None] = lambda: None  # called while `finish` waits for a save that goes on
+        # Called by the thread that writes, before this rank's part counts: what must be on the disk with it.
+        self.before_part: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +208,7 @@ class CheckpointWriter:
 
     def _write_part(self, folder: Path, holding: Holding) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         path = folder / f"rank-{self.rank:05d}.safetensors"
         part = {
             "format": FORMAT,
@@ -216,7 +219,8 @@ class CheckpointWriter:
             "adam_step": holding.adam_step,
             "fragments": holding.fragments,
         }
-        _write_durably(self._part_list(folder, self.rank), json.dumps(part).encode())
+        self.before_part()
+        write_whole(self._part_list(folder, self.rank), json.dumps(part))
 
     def _moved(self) -> None:
         self._moves += 1
@@ -242,7 +246,7 @@ class CheckpointWriter:
             parts, adam_steps = self._await_parts(folder, own_failure)
             if len(adam_steps) > 1:
                 raise CheckpointError(f"{folder}: Adam's step counters differ between ranks: {sorted(adam_steps)}")
-            _write_durably(folder / STATE, json.dumps(state, indent=1).encode())
+            write_whole(folder / STATE, json.dumps(state, indent=1))
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -252,7 +256,7 @@ class CheckpointWriter:
                 "parts": parts,
                 "state_sha256": file_sha256(folder / STATE),
             }
-            _write_durably(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
+            write_whole(folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise self._failed(folder, str(error)) from error
@@ -355,28 +359,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, moved: Calla
             moved()
         file.flush()
         os.fsync(file.fileno())
-    _rename_durably(partial, path)
+    rename_durably(partial, path)
     return digest.hexdigest()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename_durably(partial, path)
-
-
-def _rename_durably(partial: Path, path: Path) -> None:
-    """Atomic rename, and the folder's entry on disk."""
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

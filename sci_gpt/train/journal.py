@@ -140,6 +140,12 @@ class RunJournal:
         if self.tracker is not None:
             self.tracker.metrics(step, validation_metrics(scores))
 
+    def sync(self) -> None:
+        """Bring the logs to the disk: with a checkpoint, also a machine that fails keeps what led to it."""
+        self._keys.sync()
+        if self._log is not None:
+            self._log.sync()
+
     def close(self) -> None:
         """Bring the logs to the disk; say how long the run's steps, earlier sessions' too, waited for data."""
         self._keys.close()

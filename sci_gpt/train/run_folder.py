@@ -61,11 +61,24 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line cut by a kill is left out, a missing file holds none."""
+    """The records of a .jsonl file; a last line cut by a kill is left out, a missing file holds none.
+
+    Raises:
+        CheckpointError: another line is no record, which only a damaged disk or an editor leaves.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path}, line {number}: expected a JSON record, got {line[:40]!r} ({error}); remove that line: "
+                    "the run goes on from its last checkpoint, and the step of that line stays missing from the log"
+                ) from error
+    return records
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -94,12 +107,33 @@ def write_marker(run: Path, name: str, *, content: Mapping[str, Any]) -> None:
     write_whole(run / name, json.dumps(content))
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file in one piece: the name never holds a part of it, and the old content is not lost."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one piece and bring it to the disk: the name never holds a part, and the old content is not lost.
+
+    A text is written as UTF-8.
+    """
     partial = path.with_name(path.name + ".partial")
+    with naming(path), partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     with naming(path):
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
+        rename_durably(partial, path)
+
+
+def rename_durably(partial: Path, path: Path) -> None:
+    """Atomic rename, and the folder's entry on disk."""
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk: without it a file's name may be lost with the machine's power."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -113,7 +147,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class LineLog:
-    """Appends records to a .jsonl file; each line is handed to the system at once, so that a kill loses none."""
+    """Appends records to a .jsonl file; each line is handed to the system at once, so that a kill loses none.
+
+    A machine that loses its power loses what came after the last `sync`.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +163,12 @@ class LineLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
-        """Bring the file to the disk and close it."""
+    def sync(self) -> None:
+        """Bring what was appended to the disk."""
         with naming(self._path):
             os.fsync(self._file.fileno())
-            self._file.close()
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it."""
+        self.sync()
+        self._file.close()
