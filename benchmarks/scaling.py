@@ -1,4 +1,4 @@
-"""Seconds of a step on one and two processes with a core each, and ZeRO 1 beside torch's own DDP in one run."""
+"""Seconds of a step on one and two processes with a core each: ZeRO 1 beside torch's DDP, and what overlap changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,9 +40,12 @@ SETTINGS = TokenizerSettings()
 DOCUMENT = 512
 
 
-def zero1(world: World, size: str, inputs: ModelInputs) -> Callable[[], None]:
-    """A step of our engine at ZeRO 1."""
-    plan = ParallelPlan(data_parallel=world.size)
+def zero(
+    world: World, size: str, inputs: ModelInputs, *, stage: int = 1, overlap: bool | None = None
+) -> Callable[[], None]:
+    """A step of our engine at a ZeRO stage; `overlap`: DeepSpeed's `overlap_comm`, its default where None."""
+    extra = {} if overlap is None else {"zero_optimization": {"overlap_comm": overlap}}
+    plan = ParallelPlan(data_parallel=world.size, zero_stage=stage, extra_deepspeed=extra)
     model = build_model(SHAPES[size], ModelSettings(tokenizer=SETTINGS), device="meta")
     groups = Groups.join(plan, world)
     place(model, groups, world=world, seed=0)
@@ -73,7 +77,12 @@ def ddp(world: World, size: str, inputs: ModelInputs) -> Callable[[], None]:
     return step
 
 
-ENGINES = {"ZeRO 1": zero1, "torch DDP": ddp}
+ENGINES: dict[str, Callable[[World, str, ModelInputs], Callable[[], None]]] = {"ZeRO 1": zero, "torch DDP": ddp}
+OVERLAP = {
+    f"ZeRO {stage}, overlap_comm {overlap}": partial(zero, stage=stage, overlap=overlap)
+    for stage in (1, 2, 3)
+    for overlap in (False, True)
+}
 
 
 def _loss(model: Callable[..., object], inputs: ModelInputs) -> torch.Tensor:
@@ -81,15 +90,15 @@ def _loss(model: Callable[..., object], inputs: ModelInputs) -> torch.Tensor:
     return torch.stack(list(sums.values())).sum() / DOCUMENT
 
 
-def work(folder: Path, size: str, *, tokens: int, steps: int) -> None:
-    """One process: steps of both engines in turns; seconds of each."""
+def work(folder: Path, size: str, *, tokens: int, steps: int, overlap: bool) -> None:
+    """One process: steps of the engines in turns; seconds of each."""
     with Requests().listening():
         world = World.start(timeout_seconds=600.0)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
         batch = collate([[wave(DOCUMENT)] * (tokens // DOCUMENT)], tokens)
         inputs = to_inputs(replace(batch, payloads=empty_payloads(SETTINGS) | batch.payloads))
-        ready = {name: make(world, size, inputs) for name, make in ENGINES.items()}
+        ready = {name: make(world, size, inputs) for name, make in (OVERLAP if overlap else ENGINES).items()}
         taken: dict[str, list[float]] = {name: [] for name in ready}
         for number in range(steps + 1):
             for name, step in ready.items():
@@ -103,45 +112,65 @@ def work(folder: Path, size: str, *, tokens: int, steps: int) -> None:
         world.stop()
 
 
-def measure(size: str, *, processes: int, tokens: int, steps: int) -> dict[str, float]:
-    """Median seconds of a step by engine."""
+def measure(size: str, *, processes: int, tokens: int, steps: int, overlap: bool = False) -> dict[str, float]:
+    """Median seconds of a step by engine: of ENGINES, or of OVERLAP."""
     with tempfile.TemporaryDirectory(prefix="sci-gpt-") as folder:
         command = ["benchmarks.scaling", "--worker", folder, "--size", size]
-        command += ["--tokens", str(tokens), "--steps", str(steps)]
+        command += ["--tokens", str(tokens), "--steps", str(steps), *(["--overlap"] if overlap else [])]
         run_workers(command, processes=processes, threads=1, meeting_place=Path(folder) / "meet")
         taken = json.loads((Path(folder) / "seconds.json").read_text())
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def main() -> int:
-    """Prints the table; with --write also into RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="30M", choices=sorted(SHAPES))
-    parser.add_argument("--tokens", type=int, default=1024, help="of a process and step, a multiple of 512")
-    parser.add_argument("--steps", type=int, default=7, help="timed ones, of which the median is taken")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
-    parsed = parser.parse_args()
-    if parsed.worker:
-        work(parsed.worker, parsed.size, tokens=parsed.tokens, steps=parsed.steps)
-        return 0
-    found = {count: measure(parsed.size, processes=count, tokens=parsed.tokens, steps=parsed.steps) for count in (1, 2)}
-    lines = [
-        f"{parsed.size}, fp32, {parsed.tokens} tokens a process and step (weak scaling), a core for each, median of",
-        f"{parsed.steps} steps taken in turns.",
-        "",
-        "| engine | 1 process, s | 2 processes, s | tokens/s, 1 -> 2 | efficiency |",
-        "|---|---|---|---|---|",
-    ]
+def compared(size: str, tokens: int, *, steps: int) -> list[str]:
+    """Rows of the first table, and its ratio."""
+    found = {count: measure(size, processes=count, tokens=tokens, steps=steps) for count in (1, 2)}
+    lines = []
     for name in ENGINES:
         one, two = found[1][name], found[2][name]
         lines.append(
-            f"| {name} | {one:.2f} | {two:.2f} | {parsed.tokens / one:,.0f} -> {2 * parsed.tokens / two:,.0f} | "
+            f"| {tokens:,} | {name} | {one:.2f} | {two:.2f} | {tokens / one:,.0f} -> {2 * tokens / two:,.0f} | "
             f"{100 * one / two:.0f} % |"
         )
-    ratios = ", ".join(f"{found[n]['ZeRO 1'] / found[n]['torch DDP']:.3f} on {n}" for n in (1, 2))
-    lines += ["", f"A step at ZeRO 1 takes {ratios} processes of what one with torch's DDP takes (alone: plain torch)."]
-    lines += [f"Made by `python -m benchmarks.scaling --write` ({machine()})."]
+    ratios = [found[count]["ZeRO 1"] / found[count]["torch DDP"] for count in (1, 2)]
+    return [*lines, f"| {tokens:,} | ZeRO 1 / torch DDP | {ratios[0]:.3f} | {ratios[1]:.3f} | | |"]
+
+
+def main() -> int:
+    """Prints the tables; with --write also into RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="30M", choices=sorted(SHAPES))
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 4096], help="of a process and step, multiples of 512"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed ones, of which the median is taken")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
+    parsed = parser.parse_args()
+    size, steps = parsed.size, parsed.steps
+    if parsed.worker:
+        work(parsed.worker, size, tokens=parsed.tokens[0], steps=steps, overlap=parsed.overlap)
+        return 0
+    lines = [
+        f"{size}, fp32, weak scaling, a core for each process, median of {steps} steps taken in turns. On one process",
+        "torch DDP is plain torch.",
+        "",
+        "| tokens of a process and step | engine | 1 process, s | 2 processes, s | tokens/s, 1 -> 2 | efficiency |",
+        "|---|---|---|---|---|---|",
+    ]
+    for tokens in parsed.tokens:
+        lines += compared(size, tokens, steps=steps)
+    found = measure(size, processes=2, tokens=parsed.tokens[0], steps=steps, overlap=True)
+    lines += [
+        "",
+        f"DeepSpeed's overlap of computing and communication, two processes, {parsed.tokens[0]:,} tokens each:",
+        "",
+        "| engine | s |",
+        "|---|---|",
+        *(f"| {name} | {seconds:.2f} |" for name, seconds in found.items()),
+    ]
+    lines += ["", f"Made by `python -m benchmarks.scaling --write` ({machine()})."]
     print("\n".join(lines))
     if parsed.write:
         write_section("scaling", lines, title="One and two processes, ZeRO 1 beside DDP")

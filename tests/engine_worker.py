@@ -23,6 +23,7 @@ from sci_gpt.train.signals import Requests
 ADAMW = AdamWSettings(learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, clip=0.05)
 STEPS, SAVED = 5, 3
 ROWS = 6
+LINEAR = nn.functional.linear
 PAIRS = [(0, 0), (1, 1), (2, 2), (1, 3), (3, 3), (3, 1), (1, 0), (0, 2), (2, 0), (2, 3)]
 
 
@@ -150,6 +151,25 @@ def missing_names(engine: Engine) -> list[str]:
     return [f"{type(owner).__name__}.{name}" for owner, names in owners for name in names if not hasattr(owner, name)]
 
 
+def bf16_again(world: World, stage: int, run: Path, *, session: str) -> dict[str, Any]:
+    """A run in bf16, and one that goes on from its checkpoint at the same layout: steps of both, and whether all that
+    this rank holds is equal bit for bit in the end."""
+    engine = make(world, zero_stage=stage, dtype="bf16")
+    train(engine, range(SAVED))
+    held = fragments.hold(engine)
+    CheckpointWriter(run, rank=world.rank, size=world.size, session=session).save(SAVED, held, state={})
+    types = sorted({str(tensor.dtype) for tensor in held.tensors.values()})
+    straight, end = train(engine, range(SAVED, STEPS)), state(engine)
+    engine.close()
+    world.barrier()
+    engine = make(world, zero_stage=stage, dtype="bf16")
+    fragments.load(engine, Reader(step_folder(run, SAVED)))
+    again, other = train(engine, range(SAVED, STEPS)), state(engine)
+    engine.close()
+    same = end.keys() == other.keys() and all(torch.equal(end[name], other[name]) for name in end)
+    return {"straight": straight, "again": again, "same": same, "types": types}
+
+
 def main() -> None:
     """All cases, in one process group."""
     folder = Path(sys.argv[1])
@@ -190,6 +210,9 @@ def main() -> None:
         seen["bf16"] = train(engine, range(STEPS))
         seen["bf16_broken"] = train(engine, range(1), break_rank=0)
         engine.close()
+        for stage in (1, 2, 3):
+            seen[f"bf16-{stage}"] = bf16_again(world, stage, folder / f"bf16-{stage}", session=session)
+        seen["linear_is_torchs"] = nn.functional.linear is LINEAR
         for number, (saved, loaded) in enumerate(PAIRS):
             engine = make(world, zero_stage=loaded)
             if number % 2:

@@ -73,6 +73,19 @@ def test_bf16_follows_fp32(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["bf16_buffer"], "constants of the model (frequencies) must stay fp32"
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_same_layout_goes_on_bit_for_bit_in_bf16(seen: list[dict[str, Any]], stage: int) -> None:
+    """Losses and norms, and in the end weights and moments; a frozen weight, which is bf16 here, is saved as fp32."""
+    for rank in seen:
+        found = rank[f"bf16-{stage}"]
+        assert found["again"] == found["straight"] and found["same"] and found["types"] == ["torch.float32"]
+
+
+def test_a_closed_engine_leaves_torchs_own_linear_behind(seen: list[dict[str, Any]]) -> None:
+    """ZeRO 3 puts another in its place, with which a later bf16 model of the process rounds its gradients otherwise."""
+    assert all(rank["linear_is_torchs"] for rank in seen)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_no_number_on_one_rank_is_refused_on_all(seen: list[dict[str, Any]], stage: int) -> None:
     for rank in seen:

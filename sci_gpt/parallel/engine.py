@@ -17,6 +17,8 @@ from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.world import World
 
+_LINEAR = nn.functional.linear  # torch's own
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWSettings:
@@ -133,12 +135,15 @@ class Engine:
             group["lr"] = value * group["rate_factor"]
 
     def close(self) -> None:
-        """Drop DeepSpeed's hooks and buffers."""
-        # Imported here as in the constructor. DeepSpeed keeps the mpu of the last engine for all later ones.
+        """Drop DeepSpeed's hooks and buffers, and what it would leave to later models of this process: the mpu, and at
+        ZeRO 3 a linear function of its own, whose bf16 gradients are rounded otherwise.
+        """
+        # Imported here as in the constructor.
         from deepspeed.utils import groups
 
         self.deepspeed.destroy()
         groups.mpu = None
+        nn.functional.linear = _LINEAR
 
     def _step_undivided(self) -> StepOutcome:
         norm = float("nan")
