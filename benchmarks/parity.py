@@ -93,13 +93,16 @@ def main() -> int:
     changes = {"optimizer.learning_rate": parsed.rate} if parsed.rate else {}
     layouts = [replace(layout, changes=changes) for layout in table(dtypes=parsed.dtypes)]
     rows = compare([layout for layout in layouts if layout.processes <= parsed.processes], parsed.data)
-    text = lines(rows)
     minutes, words = (time.monotonic() - begun) / 60, " ".join(sys.argv[1:])
     made = f"Made by `python -m benchmarks.parity {words}` in {minutes:.0f} min ({machine()})."
-    print("\n".join([*text, made]))
-    if parsed.write:
-        name, title = ("parity-rate", f", at a rate of {parsed.rate:g}") if parsed.rate else ("parity", "")
-        write_section(name, [*text, made], title=f"Any layout, the same loss{title}", path=PAGE)
+    for dtype in parsed.dtypes:
+        text = [*lines([row for row in rows if row["layout"].dtype == dtype]), made]
+        print("\n".join(text))
+        if parsed.write:
+            name, title = f"parity-{dtype}", f"Any layout, the same loss: {dtype}"
+            if parsed.rate:
+                name, title = f"{name}-rate", f"{title}, learning rate {parsed.rate:g}"
+            write_section(name, text, title=title, path=PAGE)
     beyond = [row["layout"].name for row in rows if not row["within"]]
     if beyond:
         print(f"beyond the limit: {'; '.join(beyond)}", file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,34 +161,49 @@ def test_a_weight_that_is_off_by_a_thousandth_fails_the_drill(drilled: Drilled, 
     assert "sci-gpt: drill: layout failed: " in said and "max_weight_difference" in said
 
 
-def test_torchrun_starts_the_workers_again_and_they_go_on(drilled: Drilled) -> None:
-    """SIGKILL of one worker under `torchrun --max-restarts`: nobody else does anything, and nothing is lost."""
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_starts_the_workers_again_and_they_go_on(drilled: Drilled, machines: int) -> None:
+    """SIGKILL of one worker under `torchrun --max-restarts`: nobody else does anything, and nothing is lost.
+
+    Two machines are two torchruns with a worker each.
+    """
     straight = load_config(drilled.folder / "drill" / "straight" / "config.yaml", PretrainConfig)
-    config = straight.model_copy(update={"output": drilled.folder / "elastic"})
-    path = drilled.folder / "elastic.yaml"
+    config = straight.model_copy(update={"output": drilled.folder / f"elastic-{machines}"})
+    path = drilled.folder / f"elastic-{machines}.yaml"
     path.write_text(show_config(config))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc-per-node={2 // machines}"]
+    words += ["--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--rdzv-id=drill"]
     words += ["-m", "sci_gpt.recipes.pretrain", str(path)]
-    process = subprocess.Popen(
-        words,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    said = [drilled.folder / f"elastic-{machines}-{number}.txt" for number in range(machines)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if machines > 1 else {}
+    agents: list[subprocess.Popen[bytes]] = []
     try:
+        for file in said:
+            with file.open("wb") as out:
+                agents.append(
+                    subprocess.Popen(
+                        words, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                )
         deadline = time.monotonic() + PATIENCE_SECONDS / 2
         while not any(row["step"] > STEPS // 4 for row in read_lines(config.output / LOG)):
-            assert process.poll() is None and time.monotonic() < deadline, "the run did not get far enough"
+            assert all(agent.poll() is None for agent in agents), [file.read_text() for file in said]
+            assert time.monotonic() < deadline, "the run did not get far enough"
             time.sleep(0.01)
-        workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
-        workers[0].kill()
-        output = process.communicate(timeout=PATIENCE_SECONDS / 2)[0]
+        workers = [child for agent in agents for child in psutil.Process(agent.pid).children()]
+        (worker,) = [child for child in workers if child.environ().get("RANK") == "1"]
+        worker.kill()
+        codes = [agent.wait(PATIENCE_SECONDS / 2) for agent in agents]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    output = "".join(file.read_text() for file in said)
+    assert codes == [0] * machines, output
     assert "resumes from" in output and f"complete: {STEPS} steps" in output
     difference = compare(straight.output, config.output)
     assert (difference.loss, difference.weight, difference.keys) == (0.0, 0.0, 0), difference.why

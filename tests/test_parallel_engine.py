@@ -106,6 +106,15 @@ def test_a_checkpoint_loads_at_another_stage(seen: list[dict[str, Any]], saved: 
         assert losses == pytest.approx(expected, rel=1e-6)
 
 
+def test_restarts_on_several_machines_need_a_new_store_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun gives a worker; tests/test_drill.py has the restart itself."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (torchrun | {"TORCHELASTIC_MAX_RESTARTS": "3"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        World.start()
+
+
 def test_contradictory_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -42,9 +42,11 @@ class World:
             timeout_seconds: how long a collective waits for a lost rank before it raises.
 
         Raises:
-            ConfigError: RANK or WORLD_SIZE is not a number, or they contradict each other.
+            ConfigError: RANK or WORLD_SIZE is not a number, or they contradict each other; torchrun on several machines
+                would not be able to start the workers again.
         """
         rank, size = _place()
+        _check_restarts(size)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # a CPU product with subnormals ran 150 times slower
         # torch 2.13 warns once per collective that DeepSpeed calls by its older name.
@@ -157,12 +159,26 @@ def _init_deepspeed(*, rank: int, size: int, gpu: bool, timeout_seconds: float) 
     )
 
 
+def _check_restarts(size: int) -> None:
+    """torch 2.13 keeps one store for all starts of `torchrun --max-restarts`, without a prefix: a worker may find the
+    address that another left there before it was killed, and wait for it. With a variable of torch's own each start has
+    a new store; on one machine `_meet_after_restart` does without.
+    """
+    of_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    several = os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size)
+    if of_agents and several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ConfigError(
+            "torchrun --max-restarts on several machines shares one store among all starts, so that workers that are "
+            "started again look for dead ones; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every "
+            "torchrun, or leave --max-restarts out"
+        )
+
+
 def _meet_after_restart(*, rank: int, size: int, gpu: bool, timeout_seconds: float) -> None:
     """Form the group under a name of its own where torchrun has started the workers of one machine again.
 
-    torch 2.13 keeps one store for all starts of `torchrun --max-restarts`, without a prefix: a worker may find the
-    address that another left there before it was killed, and wait for it until the timeout. On several machines the
-    agents' counts can differ, so that nothing is changed there.
+    Without it they would meet in the store of the start before (see `_check_restarts`). The agents of several machines
+    may count differently, so that no name could be made of their counts there.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
