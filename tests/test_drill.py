@@ -28,6 +28,7 @@ from sci_launch import arguments
 from sci_launch.drill import Options, failed, short, table
 from sci_launch.drill_compare import Difference, compare, keys_difference, loss_difference, weight_difference
 from sci_launch.drill_faults import FAULTS, Result, flip_a_bit
+from sci_launch.drill_run import completed
 from toy_store import toy_config, write_store
 
 STEPS = 12
@@ -269,6 +270,17 @@ def test_two_folders_are_two_runs(tmp_path: Path) -> None:
     difference = compare(tmp_path / "straight", tmp_path / "other")
     assert (difference.loss, difference.keys, difference.weight) == (0.5, 2, float("inf"))
     assert difference.why[-1] == "last checkpoints are none, none"
+
+
+def test_a_step_is_completed_when_a_rank_has_noted_its_samples(tmp_path: Path) -> None:
+    """Step 3 was done, though a kill came before the log told of it; a drill counts it as lost."""
+    assert completed(tmp_path) == 0
+    (tmp_path / "keys").mkdir()
+    (tmp_path / LOG).write_text('{"step": 1}\n{"step": 2}\n')
+    for rank, last in ((0, 2), (1, 3)):
+        lines = [json.dumps({"step": step, "samples": [], "keys": []}) + "\n" for step in range(1, last + 1)]
+        (tmp_path / "keys" / f"rank-{rank}.jsonl").write_text("".join(lines))
+    assert completed(tmp_path) == 3
 
 
 def test_each_limit_fails_a_fault_by_itself() -> None:
