@@ -27,7 +27,7 @@ from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.priors import store_with_priors
 from sci_gpt.recipes.validation import Validation
-from sci_gpt.train import fragments
+from sci_gpt.train import fragments, heap
 from sci_gpt.train.checkpoint import Reader, committed, step_folder
 from sci_gpt.train.commit import CheckpointWriter, Saved
 from sci_gpt.train.feed import Prefetch, StepReader
@@ -207,6 +207,7 @@ def _warn(what: str) -> None:
 
 
 def _join(config: PretrainConfig) -> World:
+    heap.steady()
     # Longer than the watchdog's limit: it says more than a collective that gives up.
     patience = max(600.0, 2 * config.watch.hang_seconds)
     return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
