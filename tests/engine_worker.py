@@ -151,10 +151,10 @@ def missing_names(engine: Engine) -> list[str]:
     return [f"{type(owner).__name__}.{name}" for owner, names in owners for name in names if not hasattr(owner, name)]
 
 
-def bf16_again(world: World, stage: int, run: Path, *, session: str) -> dict[str, Any]:
+def bf16_again(world: World, stage: int, folder: Path, *, session: str) -> dict[str, Any]:
     """A run in bf16, and one that goes on from its checkpoint at the same layout: steps of both, and whether all that
     this rank holds is equal bit for bit in the end."""
-    engine = make(world, zero_stage=stage, dtype="bf16")
+    run, engine = folder / f"bf16-{stage}", make(world, zero_stage=stage, dtype="bf16")
     train(engine, range(SAVED))
     held = fragments.hold(engine)
     CheckpointWriter(run, rank=world.rank, size=world.size, session=session).save(SAVED, held, state={})
@@ -207,11 +207,9 @@ def main() -> None:
             engine.close()
         engine = make(world, zero_stage=1, dtype="bf16")
         seen["bf16_buffer"] = float(engine.module.get_buffer("third")) == float(torch.tensor(1.0 / 3.0))
-        seen["bf16"] = train(engine, range(STEPS))
-        seen["bf16_broken"] = train(engine, range(1), break_rank=0)
+        seen |= {"bf16": train(engine, range(STEPS)), "bf16_broken": train(engine, range(1), break_rank=0)}
         engine.close()
-        for stage in (1, 2, 3):
-            seen[f"bf16-{stage}"] = bf16_again(world, stage, folder / f"bf16-{stage}", session=session)
+        seen |= {f"bf16-{stage}": bf16_again(world, stage, folder, session=session) for stage in (1, 2, 3)}
         seen["linear_is_torchs"] = nn.functional.linear is LINEAR
         for number, (saved, loaded) in enumerate(PAIRS):
             engine = make(world, zero_stage=loaded)

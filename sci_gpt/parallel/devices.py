@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
@@ -61,8 +61,6 @@ def _gpu(
     link: float,
     network: float,
     host: float,
-    link_peers: int = 0,
-    host_memory: float = 250e9,
 ) -> Device:
     return Device(
         name=name,
@@ -73,8 +71,7 @@ def _gpu(
         link=link * 1e9,
         network=network * 1e9,
         host_link=host * 1e9,
-        host_memory=host_memory,
-        link_peers=link_peers,
+        host_memory=250e9,
     )
 
 
@@ -96,30 +93,16 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         _gpu("a100", bf16=312, fp32=19.5, gigabytes=80, bandwidth=2039, link=300, network=25, host=32),
-        _gpu(
-            "a100-40gb",
-            bf16=312,
-            fp32=19.5,
-            gigabytes=40,
-            bandwidth=1555,
-            link=300,
-            network=25,
-            host=32,
+        replace(
+            _gpu("a100-40gb", bf16=312, fp32=19.5, gigabytes=40, bandwidth=1555, link=300, network=25, host=32),
             host_memory=125e9,
         ),
         _gpu("h100", bf16=989.4, fp32=67, gigabytes=80, bandwidth=3350, link=450, network=50, host=64),
         _gpu("h200", bf16=989.4, fp32=67, gigabytes=141, bandwidth=4800, link=450, network=50, host=64),
         _gpu("b200", bf16=2250, fp32=75, gigabytes=180, bandwidth=7700, link=900, network=50, host=64),
         _gpu("l40s", bf16=362, fp32=91.6, gigabytes=48, bandwidth=864, link=32, network=25, host=32),
-        _gpu(
-            "mi300x",
-            bf16=1307.4,
-            fp32=163.4,
-            gigabytes=192,
-            bandwidth=5300,
-            link=448,
-            network=50,
-            host=64,
+        replace(
+            _gpu("mi300x", bf16=1307.4, fp32=163.4, gigabytes=192, bandwidth=5300, link=448, network=50, host=64),
             link_peers=7,
         ),
     )

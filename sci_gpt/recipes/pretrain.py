@@ -76,8 +76,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
         if world.rank == 0:
             _introduce(config, curriculum, num_parameters=num_parameters, start=start)
             tracker = _track(config, store)
-        journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
-        writer.before_part = journal.sync
+        journal = _journal(config, world, writer=writer, progress=progress, tracker=tracker)
         watch = stack.enter_context(_watchdog(config, world, writer=writer))
         validated = partial(_validated, journal, factor=factor, before=start.validation)
         save = _saver(writer, engine, state=state, starts=curriculum.starts, tracker=tracker, validated=validated)
@@ -211,6 +210,15 @@ def _join(config: PretrainConfig) -> World:
     # Longer than the watchdog's limit: it says more than a collective that gives up.
     patience = max(600.0, 2 * config.watch.hang_seconds)
     return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
+
+
+def _journal(
+    config: PretrainConfig, world: World, *, writer: CheckpointWriter, progress: Progress, tracker: Tracker | None
+) -> RunJournal:
+    """The journal, whose logs come to the disk with each checkpoint."""
+    journal = RunJournal(config.output, rank=world.rank, progress=progress, tracker=tracker)
+    writer.before_part = journal.sync
+    return journal
 
 
 def _watchdog(config: PretrainConfig, world: World, *, writer: CheckpointWriter) -> Watchdog:
