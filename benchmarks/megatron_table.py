@@ -100,20 +100,22 @@ def predicted(row: Row) -> float:
     return flops / row.devices / seconds / 1e12
 
 
+def lines_of_table() -> list[str]:
+    """A line for each model."""
+    return [
+        f"| {row.billions:,} | {row.tensor} x {row.pipeline} x {row.data} | {row.teraflops:.0f} | {predicted(row):.0f} | "
+        f"{100 * (predicted(row) / row.teraflops - 1):+.0f} % |"
+        for row in TABLE
+    ]
+
+
 def main(arguments: list[str]) -> int:
     """Print the table and write it to RESULTS.md."""
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     lines = [
         "| model, 10^9 parameters | tensor x pipeline x data | measured, TFLOP/s per GPU | predicted | error |",
         "|---|---|---|---|---|",
-    ]
-    for row in TABLE:
-        ours = predicted(row)
-        lines.append(
-            f"| {row.billions:,} | {row.tensor} x {row.pipeline} x {row.data} | {row.teraflops:.0f} | {ours:.0f} | "
-            f"{100 * (ours / row.teraflops - 1):+.0f} % |"
-        )
-    lines += [
+        *lines_of_table(),
         "",
         "Measured: Narayanan et al. 2021, table 1 (A100 of 80 GB, nodes of 8). Predicted: the roofline of `sci-gpt "
         f"plan`, with matrix products at {100 * DEVICES['a100'].attainable:.0f} % of their peak. Listed, not asserted. "

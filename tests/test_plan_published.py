@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
+from benchmarks.megatron_table import lines_of_table
 from sci_gpt.errors import ConfigError
 from sci_gpt.model.shapes import SHAPES
 from sci_gpt.parallel.device_memory import device_memory
@@ -106,6 +108,13 @@ def test_our_own_flops_follow_the_same_rule() -> None:
     )
     assert plain.products == pytest.approx(6e18 / 8 / (312e12 * 0.6))
     assert again.products / plain.products == pytest.approx(8 / 6)
+
+
+def test_the_pages_have_the_throughput_that_the_roofline_predicts(root: Path) -> None:
+    """Listed beside what was measured, not asserted: but listed as it is."""
+    for page in ("docs/plan.md", "benchmarks/RESULTS.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        assert [line for line in lines_of_table() if line not in text] == [], f"{page}: make the table again"
 
 
 def test_activations_are_those_of_korthikanti() -> None:
