@@ -90,7 +90,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
                 validate=validation,
                 requests=requests,
                 name=curriculum.name,
-                check=writer.check,
+                check=heap.after_each_step(writer.check),
                 watch=watch,
                 spikes=Spikes(recent_losses(config.output, WINDOW)),
             ),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
+from itertools import count
 
 _TRIM_THRESHOLD, _TOP_PAD = -1, -2  # mallopt(3)
 _PAD = 256 * 2**20
 _MOST_FREE = 2**31 - 1
+_TRIM_EVERY = 100  # steps; a call takes some 50 ms, and the pages that are used again some 200
 
 
 def steady() -> bool:
@@ -28,3 +31,17 @@ def steady() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_TRIM_THRESHOLD, _MOST_FREE)) and bool(mallopt(_TOP_PAD, _PAD))
+
+
+def after_each_step(check: Callable[[], None]) -> Callable[[], None]:
+    """`check`, and every 100 calls what the heap holds free goes back to the system, where `steady` sets the heap."""
+    if not steady():
+        return check
+    trim, steps = ctypes.CDLL(None).malloc_trim, count(1)
+
+    def both() -> None:
+        check()
+        if next(steps) % _TRIM_EVERY == 0:
+            trim(0)
+
+    return both
