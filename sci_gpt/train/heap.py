@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import count
 
 _TRIM_THRESHOLD, _TOP_PAD = -1, -2  # mallopt(3)
-_PAD = 256 * 2**20
+_PAD, _LATER = 256 * 2**20, 2**20  # bytes by which the heap grows: at first, and when it has what a step needs
 _MOST_FREE = 2**31 - 1
 _TRIM_EVERY = 100  # steps; a call takes some 50 ms, and the pages that are used again some 200
 
@@ -34,14 +34,18 @@ def steady() -> bool:
 
 
 def after_each_step(check: Callable[[], None]) -> Callable[[], None]:
-    """`check`, and every 100 calls what the heap holds free goes back to the system, where `steady` sets the heap."""
+    """`check`, and every 100 calls what the heap holds free goes back to the system, where `steady` sets the heap.
+
+    From the first time on the heap grows in small steps: it has by then what a step needs.
+    """
     if not steady():
         return check
-    trim, steps = ctypes.CDLL(None).malloc_trim, count(1)
+    library, steps = ctypes.CDLL(None), count(1)
 
     def both() -> None:
         check()
         if next(steps) % _TRIM_EVERY == 0:
-            trim(0)
+            library.mallopt(_TOP_PAD, _LATER)
+            library.malloc_trim(0)
 
     return both
