@@ -18,7 +18,7 @@ AXES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2,
 STEPS = 20
 # Largest relative difference: fp32 as the design asks; bf16 rounds partial sums (2^-8 each) in another order, and after
 # some steps the weights differ by as much.
-LIMITS = {"fp32": {"loss": 1e-5, "gradient_norm": 1e-5}, "bf16": {"loss": 5e-3, "gradient_norm": 3e-2}}
+LIMITS = {"fp32": {"loss": 1e-5, "gradient_norm": 1e-5}, "bf16": {"loss": 1e-3, "gradient_norm": 2e-2}}
 
 
 def table(axes: Sequence[tuple[int, int, int]] = AXES, dtypes: Iterable[str] = ("fp32", "bf16")) -> list[Layout]:

@@ -89,6 +89,7 @@ def train(size: str, *, processes: int, limit: float) -> list[dict[str, Any]] | 
     """What each process saw; None where one could not have the memory that it asked for."""
     with tempfile.TemporaryDirectory(prefix="sci-gpt-") as folder:
         command = ["benchmarks.zero3_memory", "--worker", folder, "--size", size, "--limit", str(limit)]
+        before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc: freed memory goes back to the system
         try:
             run_workers(command, processes=processes, threads=1, meeting_place=Path(folder) / "meet")
@@ -96,6 +97,9 @@ def train(size: str, *, processes: int, limit: float) -> list[dict[str, Any]] | 
             if "DefaultCPUAllocator" in str(error) or "MemoryError" in str(error) or "allocate memory" in str(error):
                 return None
             raise
+        finally:
+            del os.environ["MALLOC_MMAP_THRESHOLD_"]
+            os.environ |= {} if before is None else {"MALLOC_MMAP_THRESHOLD_": before}
         return [json.loads((Path(folder) / f"seen-{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -119,7 +119,7 @@ def test_a_killed_rank_another_layout_and_a_flipped_bit_change_nothing(drilled: 
     assert set(killed) == KEYS and (killed["fault"], layout["fault"]) == ("kill-rank", "layout")
     assert killed["passed"] and killed["max_loss_difference"] == killed["max_weight_difference"] == 0.0
     assert killed["keys_differ"] == layout["keys_differ"] == 0
-    assert 1 <= killed["steps_lost"] <= STEPS // 4 and killed["recovery_seconds"] > 0.5
+    assert 0 <= killed["steps_lost"] <= STEPS // 4 and killed["recovery_seconds"] > 0.5
     assert layout["passed"] and layout["steps_lost"] == 0 and layout["max_loss_difference"] <= 1e-5
     assert corrupt["passed"] and corrupt["steps_lost"] == STEPS // 4 and corrupt["max_weight_difference"] == 0.0
     assert "kill-rank: passed" in drilled.said and " s in all" in drilled.said
@@ -134,7 +134,7 @@ def test_the_other_faults_change_nothing_either(drilled: Drilled) -> None:
         assert row["passed"] and set(row) == KEYS, row
         assert row["max_loss_difference"] == row["max_weight_difference"] == row["keys_differ"] == 0, row
     for name in ("kill-all", "hang"):
-        assert 1 <= rows[name]["steps_lost"] <= STEPS // 4 and rows[name]["recovery_seconds"] > 0.5, rows[name]
+        assert rows[name]["steps_lost"] <= STEPS // 4 and rows[name]["recovery_seconds"] > 0.5, rows[name]
 
 
 def broken(folder: Path, root: Path, file: str, *, more: str) -> Path:

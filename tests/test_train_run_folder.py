@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,16 @@ from mlflow.tracking import MlflowClient
 from sci_gpt.errors import CheckpointError, ConfigError
 from sci_gpt.train.journal import Progress, RunJournal, history
 from sci_gpt.train.resume import check_same_run, code_version
-from sci_gpt.train.run_folder import LineLog, cut_back, keys_log, locked, read_complete, read_lines, write_marker
+from sci_gpt.train.run_folder import (
+    LineLog,
+    cut_back,
+    keys_log,
+    locked,
+    read_complete,
+    read_lines,
+    write_marker,
+    write_whole,
+)
 from sci_gpt.train.tracker import Tracker, TrackingTarget, flatten
 
 
@@ -37,14 +49,36 @@ def test_a_resume_cuts_every_log_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [record["step"] for record in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_line_that_is_no_record_is_named_with_its_remedy(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\x00\n{"step": 3}\n')
+@pytest.mark.parametrize("damage", [b"\x00\xff\x00", b"null", b"[1]", b""])
+def test_a_line_that_is_no_record_is_named_with_its_remedy(tmp_path: Path, damage: bytes) -> None:
+    content = b'{"step": 1}\n' + damage + b'\n{"step": 3}\n'
+    (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(
         CheckpointError, match=r"log\.jsonl, line 2: expected a JSON record, .* remove that line"
     ) as error:
-        cut_back(tmp_path, 1)
+        cut_back(tmp_path, 2)
     assert "\n" not in str(error.value)
-    assert (tmp_path / "log.jsonl").read_bytes().count(b"\n") == 3, "nothing is thrown away"
+    assert (tmp_path / "log.jsonl").read_bytes() == content, "nothing is thrown away"
+
+
+def test_what_lost_power_damaged_after_the_checkpoint_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n\x00\x00\x00\n{"step": 4}\n\x00\x00')
+    cut_back(tmp_path, 2)
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def write_often(path: Path, number: int) -> int:
+    for _ in range(30):
+        write_whole(path, str(number) * 1000)
+    return 30
+
+
+def test_several_processes_write_one_file_at_once(tmp_path: Path) -> None:
+    """As the ranks of a hang do: none fails, and the file is one of theirs, whole."""
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(write_often, [tmp_path / "page"] * 4, range(4))) == [30] * 4
+    assert (tmp_path / "page").read_text() in {str(number) * 1000 for number in range(4)}
+    assert list(tmp_path.iterdir()) == [tmp_path / "page"]
 
 
 def test_logs_come_to_the_disk_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +91,14 @@ def test_logs_come_to_the_disk_with_a_checkpoint(tmp_path: Path, monkeypatch: py
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", noting)
-    for rank in (0, 1):
-        RunJournal(tmp_path, rank=rank, progress=Progress(3), tracker=None).sync()
+    journals = [RunJournal(tmp_path, rank=rank, progress=Progress(3), tracker=None) for rank in (0, 1)]
+    assert synced == ["keys", ".", ".", "..", "keys", "."], "the names of new files and folders"
+    synced.clear()
+    for journal in journals:
+        journal.sync()
     assert synced == ["keys/rank-0.jsonl", "log.jsonl", "keys/rank-1.jsonl"]
     write_marker(tmp_path, "requeue", content={"step": 5})
-    assert synced[3:] == ["requeue.partial", "."]
+    assert synced[3].startswith("requeue.") and synced[4:] == ["."]
 
 
 def test_a_log_on_a_full_disk_says_which_file_it_is() -> None:
@@ -71,7 +108,7 @@ def test_a_log_on_a_full_disk_says_which_file_it_is() -> None:
 
 
 def test_a_marker_on_a_full_disk_says_which_file_it_is(tmp_path: Path) -> None:
-    (tmp_path / "requeue.partial").symlink_to("/dev/full")
+    (tmp_path / f"requeue.{os.getpid()}-{threading.get_ident()}.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '.*/requeue'"):
         write_marker(tmp_path, "requeue", content={"step": 5})
 

@@ -169,8 +169,8 @@ def _check_restarts(size: int) -> None:
     if of_agents and several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError(
             "torchrun --max-restarts on several machines shares one store among all starts, so that workers that are "
-            "started again look for dead ones; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every "
-            "torchrun, or leave --max-restarts out"
+            "started again look for dead ones; give every torchrun --rdzv-backend=c10d, and set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or leave --max-restarts out"
         )
 
 

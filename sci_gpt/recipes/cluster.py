@@ -79,7 +79,7 @@ def add_cluster(
         threads=config.parallel.threads_per_process,
         processes=per_node,
     )
-    memory = memory_of(config, model=model, device=device)
+    memory = memory_of(config, model=model, accelerator=device.kind == "gpu")
     short = lacking(memory, device=device)
     for phase, settings in zip(result["phases"], config.phases, strict=True):
         rows = parts.parallel_plan(config).micro_batch_rows(settings.rows_per_step)

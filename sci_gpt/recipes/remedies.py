@@ -28,7 +28,7 @@ def params_on_device(model: SciGPT, *, tensor_parallel: int) -> int:
     return model.num_parameters - divided + divided // tensor_parallel
 
 
-def memory_of(config: PretrainConfig, *, model: SciGPT, device: Device) -> DeviceMemory:
+def memory_of(config: PretrainConfig, *, model: SciGPT, accelerator: bool) -> DeviceMemory:
     """Of the phase whose micro-batches are the largest."""
     layout = parts.parallel_plan(config)
     tokens = max(layout.micro_batch_rows(phase.rows_per_step) * phase.row_length for phase in config.phases)
@@ -38,7 +38,7 @@ def memory_of(config: PretrainConfig, *, model: SciGPT, device: Device) -> Devic
         num_params=params_on_device(model, tensor_parallel=layout.tensor_parallel),
         num_tokens=tokens,
         checkpointing=config.parallel.activation_checkpointing,
-        accelerator=device.kind == "gpu",
+        accelerator=accelerator,
     )
 
 
@@ -106,7 +106,8 @@ def _fits(config: PretrainConfig, change: Change, *, model: SciGPT, device: Devi
         group = changed.parallel.tensor_parallel * changed.parallel.sequence_parallel
         if changed.parallel.processes % group:
             return False
-        return lacking(memory_of(changed, model=model, device=device), device=device) <= 0
+        memory = memory_of(changed, model=model, accelerator=device.kind == "gpu")
+        return lacking(memory, device=device) <= 0
     except ConfigError:  # a layout that cannot divide the model
         return False
 

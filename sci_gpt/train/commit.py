@@ -208,7 +208,8 @@ class CheckpointWriter:
 
     def _write_part(self, folder: Path, holding: Holding) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
+        for parent in (folder.parent, self.run):  # the names of the folder and of the one that it is in
+            sync_folder(parent)
         path = folder / f"rank-{self.rank:05d}.safetensors"
         part = {
             "format": FORMAT,

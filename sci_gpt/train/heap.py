@@ -8,37 +8,42 @@ import platform
 from collections.abc import Callable
 from itertools import count
 
+import torch
+
 _TRIM_THRESHOLD, _TOP_PAD = -1, -2  # mallopt(3)
-_PAD, _LATER = 256 * 2**20, 2**20  # bytes by which the heap grows: at first, and when it has what a step needs
-_MOST_FREE = 2**31 - 1
+_MOST = 2**31 - 1  # that mallopt takes
+_LEAST, _LATER = 2**28, 2**20  # bytes by which the heap grows: at first, and when it has what a step needs
 _TRIM_EVERY = 100  # steps; a call takes some 50 ms, and the pages that are used again some 200
 
 
-def steady() -> bool:
+def steady(need: float, device: torch.device) -> bool:
     """Let large pieces that find no room in the heap come from the system and go back to it at once; whether it is set.
 
     By default glibc raises the size from which it does so to 32 MB, and each batch's tensors, which have sizes of their
     own, then break the heap into pieces: the quickstart's processes grew by 41 % in 2,000 steps, with nothing more in
-    use (docs/faults.md). Setting any threshold ends that; the heap grows in steps of 256 MB and is kept.
+    use (docs/faults.md). Setting any threshold ends that. Pieces from the system cost time (each page is cleared), so
+    the heap grows by twice what a step needs, in one go.
 
-    Nothing is set where the C library is another, or where the environment sets the heap itself (MALLOC_*, glibc's
-    tunables, an allocator in LD_PRELOAD).
+    Nothing is set on a GPU's host, where another C library is, or where the environment sets the heap itself (MALLOC_*,
+    glibc's tunables, an allocator in LD_PRELOAD).
+
+    Args:
+        need: bytes that a step takes on this process.
+        device: where the model is.
     """
-    chosen = [name for name in os.environ if name.startswith("MALLOC_")]
-    if chosen or "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ:
-        return False
-    if platform.libc_ver()[0] != "glibc":
+    if not _ours(device):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_TRIM_THRESHOLD, _MOST_FREE)) and bool(mallopt(_TOP_PAD, _PAD))
+    pad = round(min(max(2 * need, _LEAST), _MOST))
+    return bool(mallopt(_TRIM_THRESHOLD, _MOST)) and bool(mallopt(_TOP_PAD, pad))
 
 
-def after_each_step(check: Callable[[], None]) -> Callable[[], None]:
+def after_each_step(check: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`check`, and every 100 calls what the heap holds free goes back to the system, where `steady` sets the heap.
 
     From the first time on the heap grows in small steps: it has by then what a step needs.
     """
-    if not steady():
+    if not _ours(device):
         return check
     library, steps = ctypes.CDLL(None), count(1)
 
@@ -49,3 +54,8 @@ def after_each_step(check: Callable[[], None]) -> Callable[[], None]:
             library.malloc_trim(0)
 
     return both
+
+
+def _ours(device: torch.device) -> bool:
+    chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
+    return device.type == "cpu" and not chosen and platform.libc_ver()[0] == "glibc"

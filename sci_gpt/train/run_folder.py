@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,34 +61,39 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line cut by a kill is left out, a missing file holds none.
+def read_lines(path: Path, *, until: int | None = None) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, those of steps up to `until` where that is given.
+
+    A missing file holds none. A last line cut by a kill is left out; so are, with `until`, damaged lines after a record
+    of that step or a later one: what a machine that lost its power did not bring to the disk.
 
     Raises:
         CheckpointError: another line is no record, which only a damaged disk or an editor leaves.
     """
     if not path.exists():
         return []
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{path}, line {number}: expected a JSON record, got {line[:40]!r} ({error}); remove that line: "
-                    "the run goes on from its last checkpoint, and the step of that line stays missing from the log"
-                ) from error
-    return records
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode())
+            if not isinstance(record, dict):
+                raise ValueError("not a record")
+        except ValueError as error:
+            if until is not None and records and records[-1]["step"] >= until:
+                break
+            raise CheckpointError(
+                f"{path}, line {number}: expected a JSON record, got {line[:40]!r} ({error}); remove that line: the "
+                "run goes on from its last checkpoint, and what the line told of stays missing from the log"
+            ) from error
+        records.append(record)
+    return [record for record in records if until is None or record["step"] <= until]
 
 
 def cut_back(run: Path, step: int) -> None:
     """Remove what the logs hold beyond the checkpoint of `step` from which the run goes on, and the end markers."""
     for path in [run / LOG, *sorted((run / "keys").glob("rank-*.jsonl"))]:
-        records = read_lines(path)
-        if records or path.exists():
-            kept = "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step)
-            write_whole(path, kept)
+        if path.exists():
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in read_lines(path, until=step)))
     for name in (COMPLETE, REQUEUE):
         (run / name).unlink(missing_ok=True)
 
@@ -110,15 +116,18 @@ def write_marker(run: Path, name: str, *, content: Mapping[str, Any]) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file in one piece and bring it to the disk: the name never holds a part, and the old content is not lost.
 
-    A text is written as UTF-8.
+    Several processes may write the same file at once; the last one's content stays. A text is written as UTF-8.
     """
-    partial = path.with_name(path.name + ".partial")
-    with naming(path), partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with naming(path):
-        rename_durably(partial, path)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            rename_durably(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def rename_durably(partial: Path, path: Path) -> None:
@@ -156,6 +165,8 @@ class LineLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
+        for folder in (path.parent, path.parent.parent):  # the file's name, and its folder's
+            sync_folder(folder)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record."""

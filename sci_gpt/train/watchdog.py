@@ -167,10 +167,12 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         if self._done.wait(2 * self._look + _GRACE):
             return  # it moved after all, and is through
-        page = report(standings(self.run), size=self.size)
-        write_whole(folder / PAGE, page)
-        print(f"error: nothing moves. {page}Where each rank stands: {folder}", file=sys.stderr, flush=True)
-        self._end(HANGS)
+        try:
+            page = report(standings(self.run), size=self.size)
+            print(f"error: nothing moves. {page}Where each rank stands: {folder}", file=sys.stderr, flush=True)
+            write_whole(folder / PAGE, page)
+        finally:  # whatever became of the page
+            self._end(HANGS)
 
 
 def set_reports_aside(run: Path) -> None:
