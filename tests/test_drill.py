@@ -28,6 +28,7 @@ from sci_launch import arguments
 from sci_launch.drill import Options, failed, short, table
 from sci_launch.drill_compare import Difference, compare, keys_difference, loss_difference, weight_difference
 from sci_launch.drill_faults import FAULTS, Result, flip_a_bit
+from sci_launch.drill_place import find_place
 from sci_launch.drill_run import completed
 from toy_store import toy_config, write_store
 
@@ -326,9 +327,9 @@ def test_what_cannot_be_drilled_is_refused(tmp_path: Path, monkeypatch: pytest.M
     for message, options in refused.items():
         with pytest.raises(ConfigError, match=message):
             short(config, options)
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    with pytest.raises(ConfigError, match="this Slurm allocation has 2 nodes: ask for one"):
-        short(config, Options())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="Slurm does not name its nodes .there is no scontrol on PATH"):
+        find_place({"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"})
 
 
 def test_a_folder_that_is_not_a_drill_s_is_left_alone(drilled: Drilled, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -17,7 +16,8 @@ from sci_gpt.config_file import parse_config, show_config
 from sci_gpt.errors import ConfigError, SciGptError
 from sci_gpt.train.run_folder import CONFIG, LOG, read_complete, read_lines, write_whole
 from sci_launch.drill_faults import FAULTS, Bench
-from sci_launch.drill_run import DrillError, Start
+from sci_launch.drill_place import DrillError, find_place
+from sci_launch.drill_run import Start
 
 MARK = "drill.txt"  # in an output folder that is a drill's own, which the next drill may empty
 _FEWEST_STEPS, _KEPT = 8, 4
@@ -51,7 +51,7 @@ def short(config: PretrainConfig, options: Options) -> PretrainConfig:
     """The straight run: the configuration with few steps, a checkpoint every quarter, tracked in a file of its own.
 
     Raises:
-        ConfigError: too few steps or processes, a fault that does not exist, or an allocation of several nodes.
+        ConfigError: too few steps or processes, or a fault that does not exist.
     """
     if unknown := [name for name in options.faults if name not in FAULTS]:
         raise ConfigError(f"--faults: there is no {unknown[0]!r}; there are {', '.join(FAULTS)}")
@@ -62,12 +62,6 @@ def short(config: PretrainConfig, options: Options) -> PretrainConfig:
         raise ConfigError(
             f"--steps is a multiple of 4, at least {max(_FEWEST_STEPS, len(config.phases))}: checkpoints every quarter "
             f"of them, and a step for every phase; got {options.steps}"
-        )
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
-    if nodes != "1":
-        raise ConfigError(
-            f"a drill starts its processes on one machine, and this Slurm allocation has {nodes} nodes: ask for one "
-            "(`srun --nodes=1 --cpus-per-task=8 sci-gpt drill CONFIG`)"
         )
     output = options.output or config.output.parent / f"{config.output.name}-drill"
     steps, whole = options.steps, config.schedule.steps
@@ -105,11 +99,11 @@ def drill(config: PretrainConfig, options: Options) -> dict[str, Any]:
         "max_weight_difference", "keys_differ", "why"}]}; None where a number could not be had.
 
     Raises:
-        ConfigError: see `short`, or a folder that is not a drill's.
+        ConfigError: see `short` and `find_place`, or a folder that is not a drill's.
         DrillError: the straight run failed.
     """
     began = time.monotonic()
-    straight = short(config, options)
+    straight, place = short(config, options), find_place()
     _prepare(straight, keep=options.keep_straight)
     print(
         f"drill of {config.name}: {straight.parallel.processes} processes, {straight.schedule.steps} steps a run, "
@@ -117,16 +111,16 @@ def drill(config: PretrainConfig, options: Options) -> dict[str, Any]:
         flush=True,
     )
     if not options.keep_straight:
-        start = Start.begin(straight, patience_seconds=options.patience_seconds)
+        start = Start.begin(straight, place=place, patience_seconds=options.patience_seconds)
         code = start.wait()
         if code == 2:
-            raise ConfigError(f"the straight run was refused: {start.last_lines(1)}")
+            raise ConfigError(f"the straight run was refused: {start.refusal()}")
         if code != 0:
             raise DrillError(f"the straight run ended with exit code {code}: {start.last_lines()}")
         print(f"straight run: {time.monotonic() - began:.0f} s", flush=True)
     slowest = max(row["seconds"] for row in read_lines(straight.output / LOG) if "seconds" in row)
     limit = max(options.hang_seconds, 10 * slowest)
-    bench = Bench(config=straight, patience_seconds=options.patience_seconds, hang_seconds=limit)
+    bench = Bench(config=straight, patience_seconds=options.patience_seconds, hang_seconds=limit, place=place)
     rows = [_row(name, bench) for name in FAULTS if name in options.faults]
     print(f"{table(rows)}\n{time.monotonic() - began:.0f} s in all", flush=True)
     return {"faults": rows}

@@ -8,24 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar, Self
 
-import psutil
-
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import show_config
+from sci_gpt.parallel.worker import read_refusal
 from sci_gpt.train.run_folder import LOG, read_lines, write_whole
+from sci_launch.drill_place import DrillError, Place, Worker
 
 _LOOK_SECONDS = 0.005
 _RESUMED = re.compile(r"^resumes from .*step-(\d+)$", re.MULTILINE)
-COMMAND = ("-m", "sci_launch.cli", "pretrain")
-
-
-class DrillError(RuntimeError):
-    """A part of a drill could not be done, or a run did not behave: the fault's row says so."""
 
 
 def logged(run: Path) -> int:
@@ -50,20 +44,16 @@ class Start:
     alive: ClassVar[list[Start]] = []
 
     config: PretrainConfig
+    place: Place
     process: subprocess.Popen[bytes]
     output: Path
     patience_seconds: float
 
     @classmethod
     def begin(
-        cls,
-        config: PretrainConfig,
-        *,
-        patience_seconds: float,
-        command: Sequence[str] = COMMAND,
-        more: Sequence[str] = (),
+        cls, config: PretrainConfig, *, place: Place, patience_seconds: float, poisoned: int | None = None
     ) -> Self:
-        """Start `python COMMAND CONFIG MORE`, as a user or a scheduler would."""
+        """Start a run there, or go on with it, as a user or a scheduler would; `poisoned`: the sample of infinities."""
         run = config.output
         run.parent.mkdir(parents=True, exist_ok=True)
         path = run.parent / f"{run.name}.yaml"
@@ -72,14 +62,14 @@ class Start:
         output = run.parent / f"{run.name}-start-{number}.txt"
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, *command, str(path), *more],
+                place.command(config, path, name=output.with_suffix(""), poisoned=poisoned),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | place.environment(),
             )
-        start = cls(config=config, process=process, output=output, patience_seconds=patience_seconds)
+        start = cls(config=config, place=place, process=process, output=output, patience_seconds=patience_seconds)
         cls.alive.append(start)
         return start
 
@@ -102,22 +92,30 @@ class Start:
         found = _RESUMED.search(self.text)
         return int(found.group(1)) if found else None
 
-    def workers(self) -> list[psutil.Process]:
+    @property
+    def name(self) -> Path:
+        """Of this start, as its place knows it."""
+        return self.output.with_suffix("")
+
+    def refusal(self) -> str:
+        """Why it ended with exit code 2: a worker's own words, or the last line."""
+        refusals = [error for line in self.text.splitlines() if (error := read_refusal(line)) is not None]
+        return str(refusals[0]) if refusals else self.last_lines(1)
+
+    def workers(self) -> list[Worker]:
         """The worker processes, by rank.
 
         Raises:
             DrillError: not all of them are there.
         """
-        ranks: dict[int, psutil.Process] = {}
-        for child in psutil.Process(self.process.pid).children():
-            try:
-                ranks[int(child.environ()["RANK"])] = child
-            except (psutil.Error, KeyError):
-                continue
-        size = self.config.parallel.processes
+        ranks, size = self.place.workers(self.process, self.name), self.config.parallel.processes
         if sorted(ranks) != list(range(size)):
             raise DrillError(f"{size} workers were expected, ranks {sorted(ranks)} are there; see {self.output}")
         return [ranks[rank] for rank in range(size)]
+
+    def terminate(self) -> None:
+        """SIGTERM, as a scheduler sends it."""
+        self.place.terminate(self.process, self.name)
 
     def wait_for_step(self, step: int) -> float:
         """Wait until the log holds a step at least this far; the time (monotonic seconds) of that.
@@ -179,24 +177,22 @@ class Start:
             raise DrillError(f"exit code {found}, not {code}: {self.last_lines()}")
         return found
 
+    def wait_for_failure(self) -> None:
+        """Wait for the end, with the exit code that its place has where a worker failed.
+
+        Raises:
+            DrillError: as `wait`.
+        """
+        if self.wait(code=self.place.failure) == 0:
+            raise DrillError(f"exit code 0, though a worker failed: {self.last_lines()}")
+
     def last_lines(self, count: int = 3) -> str:
         """The end of what it printed, in one line."""
         return f"{' / '.join(self.text.strip().splitlines()[-count:])} (in {self.output})"
 
     def kill(self) -> None:
-        """SIGKILL for the launcher, then for every worker: nobody is asked."""
-        try:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
-        self.process.kill()
-        for member in family:
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.process.wait()
-        psutil.wait_procs(family, timeout=20.0)
+        """SIGKILL for the launcher and for every worker: nobody is asked."""
+        self.place.kill(self.process, self.name)
 
 
 class TrackingServer:
