@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,6 +21,24 @@ AS_LARGE = {
     "parallel.extra_deepspeed": "{zero_optimization: {stage3_param_persistence_threshold: 0, "
     "stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0, stage3_prefetch_bucket_size: 0}}"
 }
+CHOSEN = (  # of two processes, of four
+    (
+        layouts.Layout(data=2, zero=1),
+        layouts.Layout(data=2, zero=1, dtype="bf16"),
+        layouts.Layout(data=2, zero=2),
+        layouts.Layout(data=2, zero=2, dtype="bf16"),
+        layouts.Layout(data=2, zero=3, changes=AS_LARGE),
+        layouts.Layout(data=2, zero=3, dtype="bf16", changes=AS_LARGE),
+        layouts.Layout(tensor=2),
+        layouts.Layout(sequence=2),
+    ),
+    (
+        layouts.Layout(tensor=2, data=2, zero=1),
+        layouts.Layout(tensor=2, sequence=2, zero=2),
+        layouts.Layout(sequence=2, data=2, zero=3, changes=AS_LARGE),
+        layouts.Layout(tensor=2, data=2, zero=3, changes=AS_LARGE),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,34 +97,20 @@ def _of_zero(layout: layouts.Layout, facts: dict[str, Any]) -> list[tuple[str, s
 def _of_axes(layout: layouts.Layout, facts: dict[str, Any], *, steps: int) -> list[tuple[str, str, float, str]]:
     """Activations of the tensor and sequence axes, fp32."""
     layers, width = facts["layers"], facts["width"]
+    own = sum(-(-count // layout.sequence) for count in facts["tokens"]) / steps
     found = []
     if layout.tensor > 1:
-        tokens = sum(facts["tokens"]) / steps
         norms = layers * facts["accumulation"] * 2 * facts["head_width"]
-        found.append(
-            (
-                "tensor",
-                "all-reduce",
-                4.0 * (4 * layers * tokens * width + norms) + _NORM_BYTES,
-                "4 sums of tokens x width a layer and micro-batch, 2 of a head's width (norms of queries and keys)",
-            )
-        )
+        theory = "4 sums of tokens x width a layer and micro-batch, 2 of a head's width (norms of queries and keys)"
+        share = "; of each sequence rank's own tokens" if layout.sequence > 1 else ""
+        found.append(("tensor", "all-reduce", 4.0 * (4 * layers * own * width + norms) + _NORM_BYTES, theory + share))
     if layout.sequence > 1:
-        shares = sum(-(-count // layout.sequence) for count in facts["tokens"]) / steps
-        found += [
-            (
-                "sequence",
-                "all-to-all",
-                4.0 * 8 * layers * shares * width,
-                "queries, keys, values and what is mixed, forward and backward: 8 x own tokens x width a layer",
-            ),
-            (
-                "sequence",
-                "all-gather",
-                4.0 * layout.sequence * shares * width,
-                "what the heads get: all tokens x width",
-            ),
-        ]
+        theory = "queries, keys, values and what is mixed, forward and backward: 8 x own tokens x width a layer"
+        share = "; of each tensor rank's own heads" if layout.tensor > 1 else ""
+        sent = 4.0 * 8 * layers * own * width / layout.tensor
+        found.append(("sequence", "all-to-all", sent, theory + share))
+        whole = 4.0 * layout.sequence * own * width
+        found.append(("sequence", "all-gather", whole, "what the heads get: all tokens x width"))
     return found
 
 
@@ -118,15 +123,6 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="the quickstart's store")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parsed = parser.parse_args()
-    chosen = [
-        layouts.Layout(data=2, zero=1),
-        layouts.Layout(data=2, zero=1, dtype="bf16"),
-        layouts.Layout(data=2, zero=2),
-        layouts.Layout(data=2, zero=3, changes=AS_LARGE),
-        layouts.Layout(tensor=2),
-        layouts.Layout(sequence=2),
-    ]
-    counting = [replace(layout, steps=4, count=True) for layout in chosen]
     out = [
         "Bytes per process and optimizer step of two micro-batches, counted at the process groups: the size of the",
         "tensor that is summed, gathered or exchanged. P: bytes of what a process holds below ZeRO 3. At ZeRO 3",
@@ -136,7 +132,9 @@ def main() -> int:
         "|---|---|---|---|---|---|",
     ]
     beyond = []
-    for layout, seen in zip(counting, layouts.run(counting, parsed.data), strict=True):
+    counting = [[replace(layout, steps=4, count=True) for layout in group] for group in CHOSEN]
+    seen_all = [seen for group in counting for seen in layouts.run(group, parsed.data)]
+    for layout, seen in zip(itertools.chain(*counting), seen_all, strict=True):
         for row in rows(layout, seen):
             out.append(
                 f"| {layout.name} | {row.axis} | {row.kind} | {row.counted / 1e3:,.1f} | {row.expected / 1e3:,.1f} "
