@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.activation_memory import wave
-from benchmarks.memory import Case, predicted
 from benchmarks.results import machine, write_section
 from sci_gpt.model.init import initialize
 from sci_gpt.model.inputs import ModelInputs, to_inputs
@@ -30,7 +29,6 @@ from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.world import World
-from sci_gpt.train import heap
 from sci_gpt.train.feed import empty_payloads
 from sci_gpt.train.signals import Requests
 from sci_launch.local import run_workers
@@ -106,8 +104,6 @@ def work(folder: Path, size: str, *, tokens: int, steps: int, stage: int | None)
         batch = collate([[wave(DOCUMENT)] * (tokens // DOCUMENT)], tokens)
         inputs = to_inputs(replace(batch, payloads=empty_payloads(SETTINGS) | batch.payloads))
         engines = overlapping(stage) if stage else ENGINES
-        case = Case(size=size, tokens=tokens, processes=world.size, zero_stage=stage or 1)
-        heap.steady(len(engines) * predicted(case).total, world.device)  # as a run does
         ready = {name: make(world, size, inputs) for name, make in engines.items()}
         taken: dict[str, list[float]] = {name: [] for name in ready}
         for number in range(steps + 1):

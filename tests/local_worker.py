@@ -20,6 +20,7 @@ def main() -> None:
     requests = Requests()
     with refusing(), requests.listening():
         (folder / f"started-{rank}").write_text(f"{os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
+        (folder / f"preload-{rank}").write_text(os.environ.get("LD_PRELOAD", ""))
         if how == "refuse":
             print("noise that nobody needs", file=sys.stderr)
             raise DataError("no store at 'data/x'; build it")

@@ -84,26 +84,39 @@ def test_it_stops_itself(script: str, tmp_path: Path) -> None:
     assert "stopped at its limit of 0.02 minutes" in done.stderr
 
 
-INSTALL = "install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+NEEDED = "slurmctld slurmd slurm-client munge libjemalloc2"
+INSTALL = f"install -y --no-install-recommends {NEEDED}"
 
 
 @pytest.mark.parametrize(
-    ("user", "fails", "calls"),
-    [(0, "nothing", [INSTALL]), (0, "install", [INSTALL, "update", INSTALL]), (1000, "nothing", [])],
+    ("user", "fails", "calls", "have"),
+    [
+        (0, "nothing", [INSTALL], ""),
+        (0, "nothing", [INSTALL], "Slurm"),
+        (0, "install", [INSTALL, "update", INSTALL], ""),
+        (1000, "nothing", [], ""),
+        (0, "nothing", [], "Slurm and jemalloc"),
+    ],
 )
-def test_a_missing_slurm_is_installed_or_said_to_be_missing(
-    script: str, tmp_path: Path, user: int, *, fails: str, calls: list[str]
+def test_what_is_missing_of_slurm_and_jemalloc_is_installed_or_said(
+    script: str, tmp_path: Path, user: int, *, fails: str, calls: list[str], have: str
 ) -> None:
     tools, asked = tmp_path / "tools", tmp_path / "asked"
     programs(tools, "id", text=f"#!/bin/sh\necho {user}\n")
     programs(tools, "apt-get", text=f'#!/bin/sh\necho "$*" >>{asked}\n[ "$1" != {fails} ]\n')
     for tool in "env bash sh make mktemp mkdir realpath timeout rm dirname ls wc tail true".split():
         (tools / tool).symlink_to(shutil.which(tool) or f"{tool} is missing")
-    # /usr/sbin is where Slurm may be installed on this machine.
-    done = run(script.replace("/usr/sbin", "/nowhere"), tmp_path / "tree", path=str(tools))
+    if have:
+        programs(tools, "slurmctld", "slurmd", "munged", "sbatch", text="#!/bin/sh\n")
+        library = "libjemalloc.so.2 (libc6,x86-64)" if "jemalloc" in have else ""
+        programs(tools, "ldconfig", text=f"#!/bin/sh\necho '{library}'\n")
+    # There Slurm and ldconfig may be installed on this machine.
+    done = run(script.replace("/usr/sbin:/sbin", "/nowhere"), tmp_path / "tree", path=str(tools))
     assert done.returncode == 0, done.stderr
     assert (asked.read_text().splitlines() if asked.exists() else []) == calls
     if calls == [INSTALL]:
-        assert ".ci/run: installed slurmctld slurmd slurm-client munge\n" in done.stdout
+        assert f".ci/run: installed {NEEDED}\n" in done.stdout
+    elif "jemalloc" in have:
+        assert "remedy" not in done.stderr
     else:
-        assert "no Slurm here" in done.stderr and "remedy: install slurmctld slurmd slurm-client munge" in done.stderr
+        assert "Slurm or jemalloc is missing" in done.stderr and f"remedy: install {NEEDED}" in done.stderr

@@ -233,6 +233,15 @@ def test_slurm_is_information_only(healthy: None, monkeypatch: pytest.MonkeyPatc
     assert check(report, "slurm")["status"] == "info" and report["ok"]
 
 
+def test_the_allocator_is_information_only(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "preload", lambda: {"LD_PRELOAD": "libjemalloc.so.2"})
+    assert check(doctor.doctor(data=NOTHING), "allocator")["found"] == "libjemalloc.so.2 for the processes of a run"
+    monkeypatch.setattr(doctor, "preload", dict)
+    report = doctor.doctor(data=NOTHING)
+    assert "grows" in check(report, "allocator")["found"] and "libjemalloc2" in check(report, "allocator")["remedy"]
+    assert check(report, "allocator")["status"] == "info" and report["ok"]
+
+
 def test_the_lines_for_people_name_what_is_wrong_and_the_exit_code_follows(
     healthy: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sci_gpt.errors import CheckpointError, DataError
+from sci_launch import local
 from sci_launch.local import WorkerFailure, run_workers
 
 
@@ -27,6 +28,12 @@ def test_workers_know_their_place_and_warnings_pass_through(tmp_path: Path, capf
     run(tmp_path, "end")
     assert [(tmp_path / f"started-{rank}").read_text() for rank in (0, 1)] == ["2 3", "2 3"]
     assert sorted(capfd.readouterr().err.splitlines()) == ["warning: rank 0 ends", "warning: rank 1 ends"]
+
+
+def test_workers_have_the_allocator_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "preload", lambda: {"LD_PRELOAD": "libm.so.6"})
+    run(tmp_path, "end")
+    assert [(tmp_path / f"preload-{rank}").read_text() for rank in (0, 1)] == ["libm.so.6"] * 2
 
 
 def test_a_refusal_comes_back_once_as_what_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

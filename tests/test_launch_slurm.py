@@ -18,6 +18,7 @@ from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_launch import cli
+from sci_launch.allocator import preload
 from sci_launch.slurm import SCRIPT, Wishes, render, submit
 from sci_launch.slurm_job import main as slurm_job
 from toy_store import toy_config, write_store
@@ -217,7 +218,8 @@ def test_a_submission_writes_what_it_submits_and_remembers_the_job(
 
 def test_the_job_is_told_its_facts_or_refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert slurm_job(["facts", str(path), "--nodes", "2"]) == 0
-    run, each, threads, port = capsys.readouterr().out.splitlines()
+    run, each, threads, port, libraries = capsys.readouterr().out.splitlines()
+    assert libraries == preload().get("LD_PRELOAD", "")
     assert (run, each, threads) == (str(tmp_path / "run"), "1", "2") and 1024 < int(port) < 65536
     assert slurm_job(["facts", str(path), "--nodes", "3"]) == 2
     assert "does not divide over 3 nodes" in capsys.readouterr().err

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sci_launch.allocator import INSTALL, preload
+
 OK, INFO, WRONG = "ok", "info", "wrong"
 EMBEDDED = "sqlite:///runs/mlflow/mlflow.db"  # as TrackingConfig has it (a test holds them together)
 DATA_CONFIG = Path("configs/data/quickstart.yaml")
@@ -68,7 +70,7 @@ def doctor(*, runs: Path = Path("runs"), data: Path = DATA_CONFIG) -> dict[str, 
     checks += [check_torch(answers["torch"]), check_deepspeed(answers["deepspeed"])]
     checks.append(check_tracking(answers["mlflow"], uri))
     checks.append(check_data(answers.get("data"), data))
-    checks.append(check_slurm())
+    checks += [check_allocator(), check_slurm()]
     return {"ok": all(check.status != WRONG for check in checks), "checks": [asdict(check) for check in checks]}
 
 
@@ -260,6 +262,15 @@ def check_data(answer: dict[str, Any] | None, data: Path) -> Check:
     if problems:
         return Check(name="data", status=WRONG, found="; ".join(problems), remedy=_INSTALL)
     return Check(name="data", status=OK, found=f"all {answer['found']['files']} files of {data} are installed")
+
+
+def check_allocator() -> Check:
+    """Whether a run's processes would have jemalloc: information only."""
+    library = preload().get("LD_PRELOAD")
+    if library:
+        return Check(name="allocator", status=INFO, found=f"{library} for the processes of a run")
+    found = "the system's: on CPUs the memory of a run of thousands of steps grows (docs/faults.md)"
+    return Check(name="allocator", status=INFO, found=found, remedy=INSTALL)
 
 
 def check_slurm() -> Check:

@@ -198,15 +198,14 @@ class Allocation(Place):
 
     def kill(self, launcher: Launcher, name: Path) -> None:
         """srun and all tasks, none of them asked."""
-        steps = self._steps(name)
         launcher.kill()
-        for step in steps:
-            _run(["scancel", "--signal=KILL", step])  # refused where the loss of srun has ended the step already
         launcher.wait()
         deadline = time.monotonic() + _GONE_SECONDS
-        while self._steps(name):
+        while steps := self._steps(name):
             if time.monotonic() > deadline:
                 raise DrillError(f"Slurm's step {name.name} is still there {_GONE_SECONDS:.0f} s after SIGKILL")
+            for step in steps:
+                _run(["scancel", "--signal=KILL", step])  # refused where it has ended meanwhile
             time.sleep(0.2)
 
     def told_of_kill(self, said: str, *, rank: int, size: int) -> bool:

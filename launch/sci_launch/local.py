@@ -23,6 +23,7 @@ from sci_gpt.data.store import Store
 from sci_gpt.errors import SciGptError
 from sci_gpt.parallel.worker import PARENT_VARIABLE, RENDEZVOUS_VARIABLE, read_refusal
 from sci_gpt.train.run_folder import read_complete
+from sci_launch.allocator import preload
 
 WORKER = "sci_gpt.recipes.pretrain"
 _POLL_SECONDS = 0.05
@@ -119,7 +120,9 @@ class _Worker:
 
     @classmethod
     def start(cls, module: Sequence[str], *, rank: int, size: int, threads: int, meeting_place: Path) -> _Worker:
-        environment = os.environ | {
+        environment = {
+            **os.environ,
+            **preload(),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),

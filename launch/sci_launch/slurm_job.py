@@ -12,6 +12,7 @@ from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config
 from sci_gpt.errors import ConfigError, SciGptError
 from sci_gpt.train.run_folder import read_complete
+from sci_launch.allocator import preload
 
 
 def processes_per_node(config: PretrainConfig, nodes: int) -> int:
@@ -47,7 +48,7 @@ def free_port() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`facts`: run folder, processes per node, threads of each and a free port, a line each. `complete`: exit code 0/1.
+    """`facts`: run folder, processes per node, threads of each, a free port, LD_PRELOAD, a line each. `complete`: 0/1.
 
     Returns:
         2 where the configuration is refused; one line on stderr says why.
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SciGptError as error:
         print(f"sci-gpt: {error}", file=sys.stderr)
         return 2
-    for fact in (config.output, each, config.parallel.threads_per_process, free_port()):
+    allocator = preload().get("LD_PRELOAD", "")
+    for fact in (config.output, each, config.parallel.threads_per_process, free_port(), allocator):
         print(fact)
     return 0
 

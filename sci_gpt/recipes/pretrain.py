@@ -26,7 +26,6 @@ from sci_gpt.parallel.worker import refusing
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.priors import store_with_priors
-from sci_gpt.recipes.remedies import memory_of
 from sci_gpt.recipes.validation import Validation
 from sci_gpt.train import fragments, heap
 from sci_gpt.train.checkpoint import Reader, committed, step_folder
@@ -61,7 +60,7 @@ def pretrain(config: PretrainConfig, requests: Requests) -> Outcome:
     _refuse_long_windows(curriculum)
     model = make_model(config)
     _refuse_full_disk(config, num_parameters := model.num_parameters)
-    world = _join(config, model)
+    world = _join(config)
     start = where_to_go_on(config.output, identity, world=world)  # every byte, which all ranks together can read
     store = store_with_priors(store, config, checkpoint=start.checkpoint, world=world)
     curriculum = parts.curriculum(config, store, starts=start.phase_starts)
@@ -206,12 +205,10 @@ def _warn(what: str) -> None:
     print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
-def _join(config: PretrainConfig, model: SciGPT) -> World:
+def _join(config: PretrainConfig) -> World:
     # Longer than the watchdog's limit: it says more than a collective that gives up.
     patience = max(600.0, 2 * config.watch.hang_seconds)
-    world = World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
-    heap.steady(memory_of(config, model=model, accelerator=False).total, world.device)
-    return world
+    return World.start(threads=config.parallel.threads_per_process, timeout_seconds=patience)
 
 
 def _journal(

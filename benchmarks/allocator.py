@@ -1,4 +1,4 @@
-"""Processor time, page faults and memory of a training step with glibc's heap as it is, and as a run sets it."""
+"""Processor time, page faults and memory of a training step with glibc's allocator, and with that of a run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,23 @@ import psutil
 import torch
 
 from benchmarks.activation_memory import wave
-from benchmarks.memory import Case, predicted
 from benchmarks.results import machine, write_section
 from benchmarks.scaling import DOCUMENT, SETTINGS, zero
 from sci_gpt.model.inputs import to_inputs
 from sci_gpt.parallel.world import World
-from sci_gpt.train import heap
 from sci_gpt.train.feed import empty_payloads
 from sci_gpt.train.signals import Requests
+from sci_launch.allocator import preload
 from sci_tokenizers.packing import collate
 
 CASES = (("300k", 2048), ("3M", 4096), ("30M", 1024))
 WARM, STEPS = 3, 4
 
 
-def work(size: str, tokens: int, *, ours: bool) -> dict[str, float]:
+def work(size: str, tokens: int) -> dict[str, float]:
     """In this process: of a step, processor seconds and pages that were cleared; resident MB after the last."""
     with Requests().listening():
         world = World.start()
-        if ours and not heap.steady(predicted(Case(size=size, tokens=tokens)).total, world.device):
-            raise RuntimeError("the heap cannot be set here: see sci_gpt/train/heap.py")
         batch = collate([[wave(DOCUMENT)] * (tokens // DOCUMENT)], tokens)
         step = zero(world, size, to_inputs(replace(batch, payloads=empty_payloads(SETTINGS) | batch.payloads)))
         for _ in range(WARM):
@@ -52,9 +49,17 @@ def work(size: str, tokens: int, *, ours: bool) -> dict[str, float]:
 
 
 def measure(size: str, tokens: int, *, ours: bool) -> dict[str, float]:
-    """`work` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.heap", "--worker", size, str(tokens), "ours" if ours else "glibc's"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    """`work` in a process of its own.
+
+    Raises:
+        RuntimeError: a run here would have glibc's, too.
+    """
+    command = [sys.executable, "-m", "benchmarks.allocator", "--worker", size, str(tokens)]
+    chosen = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    if ours and not preload(environment):
+        raise RuntimeError("jemalloc is not installed here, or this is a GPU's host")
+    environment |= preload(environment) if ours else {}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -63,15 +68,15 @@ def measure(size: str, tokens: int, *, ours: bool) -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     """Prints the table; with --write also into RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     parsed = parser.parse_args(arguments)
     if parsed.worker:
-        size, tokens, how = parsed.worker
-        print(json.dumps(work(size, int(tokens), ours=how == "ours")))
+        size, tokens = parsed.worker
+        print(json.dumps(work(size, int(tokens))))
         return 0
     lines = [
-        "| model | tokens | processor, s a step: glibc's heap | ours | ratio | pages cleared a step | resident, MB |",
+        "| model | tokens | processor, s a step: glibc | jemalloc | ratio | pages cleared a step | resident, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for size, tokens in CASES:
@@ -84,11 +89,11 @@ def main(arguments: list[str]) -> int:
         print(lines[-1], flush=True)
     lines += [
         "",
-        f"{STEPS} steps after {WARM}, one thread, all batches of one size. Made by `python -m benchmarks.heap --write`",
+        f"{STEPS} steps after {WARM}, one thread, all batches of one size. Made by",
+        f"`python -m benchmarks.allocator --write` ({machine()}, torch {torch.__version__}).",
     ]
-    lines += [f"({machine()}, torch {torch.__version__})."]
     if parsed.write:
-        write_section("heap", lines, title="The heap of a training process")
+        write_section("allocator", lines, title="The allocator of a training process")
     return 0
 
 
