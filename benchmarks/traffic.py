@@ -30,7 +30,9 @@ CHOSEN = (  # of two processes, of four
         layouts.Layout(data=2, zero=3, changes=AS_LARGE),
         layouts.Layout(data=2, zero=3, dtype="bf16", changes=AS_LARGE),
         layouts.Layout(tensor=2),
+        layouts.Layout(tensor=2, dtype="bf16"),
         layouts.Layout(sequence=2),
+        layouts.Layout(sequence=2, dtype="bf16"),
     ),
     (
         layouts.Layout(tensor=2, data=2, zero=1),
@@ -79,7 +81,7 @@ def _of_zero(layout: layouts.Layout, facts: dict[str, Any]) -> list[tuple[str, s
     """Gradients and weights among the processes that hold the same slices (Rajbhandari et al. 2020, section 7)."""
     if layout.data * layout.sequence == 1 or layout.zero == 0:
         return []
-    held, wide, micro = facts["held"], {"fp32": 4, "bf16": 2}[layout.dtype], facts["accumulation"]
+    held, wide, micro = facts["held"], _WIDE[layout.dtype], facts["accumulation"]
     if layout.zero == 3:
         return [
             ("zero", "reduce-scatter", 4.0 * held * micro, "P of gradients a micro-batch (fp32)"),
@@ -95,25 +97,26 @@ def _of_zero(layout: layouts.Layout, facts: dict[str, Any]) -> list[tuple[str, s
 
 
 def _of_axes(layout: layouts.Layout, facts: dict[str, Any], *, steps: int) -> list[tuple[str, str, float, str]]:
-    """Activations of the tensor and sequence axes, fp32."""
-    layers, width = facts["layers"], facts["width"]
+    """Activations of the tensor and sequence axes."""
+    layers, width, wide = facts["layers"], facts["width"], float(_WIDE[layout.dtype])
     own = sum(-(-count // layout.sequence) for count in facts["tokens"]) / steps
     found = []
     if layout.tensor > 1:
         norms = layers * facts["accumulation"] * 2 * facts["head_width"]
         theory = "4 sums of tokens x width a layer and micro-batch, 2 of a head's width (norms of queries and keys)"
         share = "; of each sequence rank's own tokens" if layout.sequence > 1 else ""
-        found.append(("tensor", "all-reduce", 4.0 * (4 * layers * own * width + norms) + _NORM_BYTES, theory + share))
+        found.append(("tensor", "all-reduce", wide * (4 * layers * own * width + norms) + _NORM_BYTES, theory + share))
     if layout.sequence > 1:
         theory = "queries, keys, values and what is mixed, forward and backward: 8 x own tokens x width a layer"
         share = "; of each tensor rank's own heads" if layout.tensor > 1 else ""
-        sent = 4.0 * 8 * layers * own * width / layout.tensor
+        sent = wide * 8 * layers * own * width / layout.tensor
         found.append(("sequence", "all-to-all", sent, theory + share))
-        whole = 4.0 * layout.sequence * own * width
+        whole = wide * layout.sequence * own * width
         found.append(("sequence", "all-gather", whole, "what the heads get: all tokens x width"))
     return found
 
 
+_WIDE = {"fp32": 4, "bf16": 2}  # bytes of a value
 _NORM_BYTES = 4.0  # the gradient's norm, one number
 
 

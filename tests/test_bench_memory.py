@@ -12,14 +12,14 @@ LIMIT = 0.5e9  # bytes that a process may take; a model of 30 million parameters
 
 @pytest.mark.parametrize(
     "case",
-    [Case(size="30M", processes=2, zero_stage=3), Case(size="30M", dtype="bf16", checkpointing="full")],
-    ids=["ZeRO 3 in fp32 on two processes", "ZeRO 1 in bf16, all layers computed again"],
+    [Case(size="30M", processes=2, zero_stage=3), Case(size="30M", dtype="bf16", checkpointing="full", staged=True)],
+    ids=["ZeRO 3 in fp32 on two processes", "ZeRO 1 in bf16, all layers computed again, saves asynchronous"],
 )
 def test_the_plan_knows_what_a_step_takes(case: Case) -> None:
     """Peak and rest of three steps, within the 10 % of `benchmarks/memory.py`."""
     ours, theirs = predicted(case), measured(case)
-    assert ours.total == pytest.approx(theirs["peak"], rel=WITHIN)
-    assert ours.between_steps == pytest.approx(theirs["after"], rel=WITHIN)
+    assert ours.total + ours.host == pytest.approx(theirs["peak"], rel=WITHIN)
+    assert ours.between_steps + ours.host == pytest.approx(theirs["after"], rel=WITHIN)
 
 
 def test_zero_3_builds_what_one_process_cannot_hold() -> None:

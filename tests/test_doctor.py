@@ -234,12 +234,16 @@ def test_slurm_is_information_only(healthy: None, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_allocator_is_information_only(healthy: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "preload", lambda: {"LD_PRELOAD": "libjemalloc.so.2"})
-    assert check(doctor.doctor(data=NOTHING), "allocator")["found"] == "libjemalloc.so.2 for the processes of a run"
-    monkeypatch.setattr(doctor, "preload", dict)
+    monkeypatch.setattr(doctor, "left_alone", lambda: "")
+    monkeypatch.setattr(doctor, "find", lambda: "libjemalloc.so.2")
+    assert check(doctor.doctor(data=NOTHING), "allocator")["found"].endswith("of a run: libjemalloc.so.2")
+    monkeypatch.setattr(doctor, "find", lambda: None)
     report = doctor.doctor(data=NOTHING)
     assert "grows" in check(report, "allocator")["found"] and "libjemalloc2" in check(report, "allocator")["remedy"]
     assert check(report, "allocator")["status"] == "info" and report["ok"]
+    monkeypatch.setattr(doctor, "left_alone", lambda: "the environment chooses: LD_PRELOAD=libm.so")
+    chosen = check(doctor.doctor(data=NOTHING), "allocator")
+    assert "LD_PRELOAD=libm.so" in chosen["found"] and not chosen["remedy"]
 
 
 def test_the_lines_for_people_name_what_is_wrong_and_the_exit_code_follows(

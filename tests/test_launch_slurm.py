@@ -218,8 +218,8 @@ def test_a_submission_writes_what_it_submits_and_remembers_the_job(
 
 def test_the_job_is_told_its_facts_or_refused(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert slurm_job(["facts", str(path), "--nodes", "2"]) == 0
-    run, each, threads, port, libraries = capsys.readouterr().out.splitlines()
-    assert libraries == preload().get("LD_PRELOAD", "")
+    run, each, threads, port, *more = capsys.readouterr().out.splitlines()
+    assert more == [f"{name}={value}" for name, value in preload().items()]
     assert (run, each, threads) == (str(tmp_path / "run"), "1", "2") and 1024 < int(port) < 65536
     assert slurm_job(["facts", str(path), "--nodes", "3"]) == 2
     assert "does not divide over 3 nodes" in capsys.readouterr().err

@@ -21,9 +21,12 @@ SIX = {
     "TP2 x SP2, ZeRO 1": Layout(tensor=2, sequence=2, zero=1, count=True),
     "SP2 x DP2, ZeRO 2": Layout(sequence=2, data=2, zero=2),
     "DP4, ZeRO 3": Layout(data=4, zero=3),
-    "TP4, ZeRO 2, bf16": Layout(tensor=4, zero=2, dtype="bf16"),
+    "TP4, ZeRO 2, bf16": Layout(tensor=4, zero=2, dtype="bf16", count=True),
     "SP2 x DP2, ZeRO 3, bf16": Layout(sequence=2, data=2, zero=3, dtype="bf16"),
 }
+
+GOES_ON = ["-> DP4, ZeRO 1", "-> SP4", "-> TP4", "-> SP2 x DP2", "-> DP4, ZeRO 2, bf16"]
+GOES_ON += ["-> one process", "-> one process, ZeRO 0"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def seen(quickstart_store: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     four = SIX | {"TP2 x DP2, ZeRO 3": saved}
     four |= {"-> DP4, ZeRO 1": Layout(data=4, load=checkpoint), "-> SP4": Layout(sequence=4, load=checkpoint)}
     four |= {"-> DP4, ZeRO 2, bf16": Layout(data=4, zero=2, dtype="bf16", load=checkpoint)}
+    four |= {"-> TP4": Layout(tensor=4, load=checkpoint), "-> SP2 x DP2": Layout(sequence=2, data=2, load=checkpoint)}
     one = {"fp32": Layout(), "bf16": Layout(dtype="bf16"), "-> one process, ZeRO 0": Layout(zero=0, load=checkpoint)}
+    one |= {"-> one process": Layout(load=checkpoint)}
     found: dict[str, dict[str, Any]] = {}
     for launch in (four, one):
         layouts = [replace(layout, steps=STEPS) for layout in launch.values()]
@@ -53,7 +58,7 @@ def test_losses_and_norms_are_those_of_one_process(seen: dict[str, dict[str, Any
     assert min(row["gradient_norm"] for row in seen[dtype]["steps"]) > 0.05, "clipping must be active"
 
 
-@pytest.mark.parametrize("name", ["-> DP4, ZeRO 1", "-> SP4", "-> one process, ZeRO 0", "-> DP4, ZeRO 2, bf16"])
+@pytest.mark.parametrize("name", GOES_ON)
 def test_a_checkpoint_of_tensor_slices_goes_on_anywhere(seen: dict[str, dict[str, Any]], name: str) -> None:
     source = seen["TP2 x DP2, ZeRO 3"]
     limit = any_to_any.LIMIT["bf16" if "bf16" in name else "fp32"]
@@ -61,12 +66,14 @@ def test_a_checkpoint_of_tensor_slices_goes_on_anywhere(seen: dict[str, dict[str
     assert seen[name]["all_samples"] == source["all_samples"][SAVED:]
 
 
-def test_two_axes_at_once_send_what_theory_says(seen: dict[str, dict[str, Any]]) -> None:
-    """Tensor sums of a sequence rank's own tokens, all-to-alls of a tensor rank's own heads."""
-    name = "TP2 x SP2, ZeRO 1"
+@pytest.mark.parametrize(
+    ("name", "axes"), [("TP2 x SP2, ZeRO 1", {"zero", "tensor", "sequence"}), ("TP4, ZeRO 2, bf16", {"tensor"})]
+)
+def test_layouts_send_what_theory_says(seen: dict[str, dict[str, Any]], name: str, axes: set[str]) -> None:
+    """Tensor sums of a sequence rank's own tokens, all-to-alls of a tensor rank's own heads; in bf16 half as much."""
     found = traffic.rows(SIX[name], seen[name])
     assert all(row.within for row in found), found
-    assert {row.axis for row in found} == {"zero", "tensor", "sequence"}
+    assert {row.axis for row in found} == axes
 
 
 def test_on_some_rank_a_modality_is_absent_and_a_row_is_empty(quickstart_store: Path) -> None:

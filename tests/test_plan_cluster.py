@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,19 @@ def test_the_first_change_that_fits_is_named(
     assert memory_of(config, model=model, accelerator=device.kind == "gpu").total > device.memory - device.reserved
     found = remedy(config, model=model, device=device, gpus_per_node=8)
     assert found == expected
+
+
+def test_an_asynchronous_save_takes_memory_of_the_host(store: Path, tmp_path: Path) -> None:
+    """12 bytes of each parameter, over the processes that share them; where only they are too much, that is said."""
+    config = big(store, tmp_path / "run", activation_checkpointing="full", processes=8)
+    waiting = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"asynchronous": False})})
+    with torch.device("meta"):
+        model = SciGPT(SHAPES["7B"], parts.model_settings(config))
+    with_copy, without = (memory_of(one, model=model, accelerator=True) for one in (config, waiting))
+    assert without.host == 0 and with_copy.host == 12 * model.num_parameters / 8
+    assert with_copy.moments == without.moments
+    small_host = replace(DEVICES["b200"], host_memory=1e9)
+    assert remedy(config, model=model, device=small_host, gpus_per_node=8) == "--set checkpoint.asynchronous=false"
 
 
 def test_more_nodes_are_named_where_nothing_else_fits(store: Path, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES")  # and MALLOC_*: who sets them has an allocator in mind
 DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))
+# Freed memory is kept for the next tensors, and the run itself gives it back every few steps (sci_gpt/train/heap.py). By
+# default jemalloc does so all the time, and the pages of a step of a second or more are cleared anew in each.
+SETTINGS = {"MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"}
 INSTALL = "`apt-get install libjemalloc2`, or jemalloc of conda-forge or of your cluster's modules"
 
 
@@ -19,11 +22,18 @@ def preload(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     Empty where it is not installed, on a GPU's host, and where the environment chooses an allocator or sets glibc's.
     docs/faults.md has the measurements.
     """
-    chosen = any(name in CHOSEN or name.startswith("MALLOC_") for name in environ)
-    if sys.platform != "linux" or chosen or any(driver.exists() for driver in DRIVERS):
-        return {}
     library = find()
-    return {} if library is None else {"LD_PRELOAD": library}
+    return {} if library is None or left_alone(environ) else {"LD_PRELOAD": library, **SETTINGS}
+
+
+def left_alone(environ: Mapping[str, str] = os.environ) -> str:
+    """Why a run has the allocator that it has anyway; "" where jemalloc would be taken."""
+    chosen = [name for name in environ if name in CHOSEN or name.startswith("MALLOC_")]
+    if chosen:
+        return f"the environment chooses: {chosen[0]}={environ[chosen[0]]}"
+    if sys.platform != "linux" or any(driver.exists() for driver in DRIVERS):
+        return "the system's: on a GPU's host, and not on Linux, it is left alone"
+    return ""
 
 
 def find() -> str | None:
@@ -32,5 +42,5 @@ def find() -> str | None:
     return str(own) if own.exists() else ctypes.util.find_library("jemalloc")
 
 
-if __name__ == "__main__":  # for a torchrun by hand: export LD_PRELOAD=$(python -m sci_launch.allocator)
-    print(preload().get("LD_PRELOAD", ""))
+if __name__ == "__main__":  # for a torchrun by hand: export $(python -m sci_launch.allocator)
+    print(" ".join(f"{name}={value}" for name, value in preload().items()))

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sci_launch.allocator import INSTALL, preload
+from sci_launch.allocator import INSTALL, find, left_alone
 
 OK, INFO, WRONG = "ok", "info", "wrong"
 EMBEDDED = "sqlite:///runs/mlflow/mlflow.db"  # as TrackingConfig has it (a test holds them together)
@@ -265,10 +265,11 @@ def check_data(answer: dict[str, Any] | None, data: Path) -> Check:
 
 
 def check_allocator() -> Check:
-    """Whether a run's processes would have jemalloc: information only."""
-    library = preload().get("LD_PRELOAD")
-    if library:
-        return Check(name="allocator", status=INFO, found=f"{library} for the processes of a run")
+    """What memory allocator a run's processes would have: information only."""
+    if found := left_alone():
+        return Check(name="allocator", status=INFO, found=found)
+    if (library := find()) is not None:
+        return Check(name="allocator", status=INFO, found=f"jemalloc for the processes of a run: {library}")
     found = "the system's: on CPUs the memory of a run of thousands of steps grows (docs/faults.md)"
     return Check(name="allocator", status=INFO, found=found, remedy=INSTALL)
 

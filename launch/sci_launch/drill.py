@@ -151,8 +151,7 @@ def _row(name: str, bench: Bench) -> dict[str, Any]:
     try:
         result = fault.run(bench)
     except (DrillError, SciGptError) as error:
-        row["why"] = str(error)
-        Start.end_all()
+        row["why"] = "; ".join([str(error), *Start.end_all()])
     else:
         failures = fault.failures(result, every=bench.every)
         difference = result.difference
@@ -192,7 +191,8 @@ def run(config: PretrainConfig, options: Options) -> tuple[dict[str, Any], int]:
         print(f"sci-gpt: drill: {' '.join(str(error).split())}", file=sys.stderr)
         return {"faults": []}, 1
     finally:
-        Start.end_all()
+        for line in Start.end_all():
+            print(f"sci-gpt: drill: {line}", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, before)
     lines = failed(result)
     for line in lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from sci_launch.slurm_job import free_port
 POISONED = "sci_launch.drill_worker"
 _ANSWER_SECONDS = 60.0
 _GONE_SECONDS = 120.0  # that the last process of a killed run may take: Slurm's KillWait is 30 s by default
+_KILLED = re.compile(r"^srun: error: \S+: tasks? ([0-9,-]+): Killed", re.MULTILINE)
 
 
 class DrillError(RuntimeError):
@@ -140,16 +142,19 @@ class Remote(Worker):
 
     def is_running(self) -> bool:
         """Whether its process id is taken."""
-        return self._kill("0").returncode == 0
+        return self._on_the_node(f"kill -0 {self.pid} 2>/dev/null && echo there || echo gone").strip() == "there"
 
     def _send(self, name: str) -> None:
-        done = self._kill(name)
-        if done.returncode:
-            raise DrillError(f"SIG{name} does not reach process {self.pid} of {self.node}: {done.stderr.strip()}")
+        self._on_the_node(f"kill -{name} {self.pid}")
 
-    def _kill(self, name: str) -> subprocess.CompletedProcess[str]:
+    def _on_the_node(self, line: str) -> str:
+        """What a line of shell prints there; DrillError where it fails, or says the name of another node."""
         words = ["srun", "--overlap", "--quiet", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
-        return _run([*words, f"--nodelist={self.node}", "kill", f"-{name}", str(self.pid)])
+        said = _ask([*words, f"--nodelist={self.node}", "sh", "-c", f"echo $SLURMD_NODENAME; {line}"])
+        where, _, rest = said.partition("\n")
+        if where != self.node:
+            raise DrillError(f"`{line}` was meant for {self.node} and ran on {where or 'no node'}")
+        return rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +214,8 @@ class Allocation(Place):
             time.sleep(0.2)
 
     def told_of_kill(self, said: str, *, rank: int, size: int) -> bool:
-        """In srun's words: "srun: error: NODE: task 3: Killed"."""
-        lines = [line for line in said.splitlines() if line.startswith("srun: error: ")]
-        return any(f": task {rank}: Killed" in line for line in lines)
+        """In srun's words: "srun: error: NODE: task 3: Killed", or "tasks 2-3,6: Killed"."""
+        return any(rank in _numbers(found) for found in _KILLED.findall(said))
 
     def _steps(self, name: Path) -> list[str]:
         lines = _ask(["squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i|%j"]).splitlines()
@@ -244,6 +248,12 @@ def _first_node(listed: str) -> str:
         return _ask(["scontrol", "show", "hostnames", listed]).split()[0]
     except (DrillError, IndexError) as error:
         raise ConfigError(f"SLURM_JOB_NUM_NODES is set, but Slurm does not name its nodes ({error})") from error
+
+
+def _numbers(listed: str) -> set[int]:
+    """Of "2-3,6"."""
+    ends = [part.partition("-") for part in listed.split(",")]
+    return {number for first, _, last in ends for number in range(int(first), int(last or first) + 1)}
 
 
 def _ask(command: list[str]) -> str:

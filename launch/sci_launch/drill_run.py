@@ -74,12 +74,17 @@ class Start:
         return start
 
     @classmethod
-    def end_all(cls) -> None:
-        """Kill every run that is still there: a drill that ends early leaves none behind."""
+    def end_all(cls) -> list[str]:
+        """Kill every run that is still there: a drill that ends early leaves none behind. What could not be ended."""
+        left = []
         for start in cls.alive:
-            if start.process.poll() is None:
-                start.kill()
+            try:
+                if start.process.poll() is None:
+                    start.kill()
+            except DrillError as error:
+                left.append(f"{start.name.name} could not be ended: {error}")
         cls.alive.clear()
+        return left
 
     @property
     def text(self) -> str:

@@ -48,7 +48,8 @@ def free_port() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`facts`: run folder, processes per node, threads of each, a free port, LD_PRELOAD, a line each. `complete`: 0/1.
+    """`facts`: run folder, processes per node, threads of each, a free port, NAME=VALUE for the workers' environment, a
+    line each. `complete`: exit code 0/1.
 
     Returns:
         2 where the configuration is refused; one line on stderr says why.
@@ -66,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SciGptError as error:
         print(f"sci-gpt: {error}", file=sys.stderr)
         return 2
-    allocator = preload().get("LD_PRELOAD", "")
-    for fact in (config.output, each, config.parallel.threads_per_process, free_port(), allocator):
+    allocator = [f"{name}={value}" for name, value in preload().items()]
+    for fact in (config.output, each, config.parallel.threads_per_process, free_port(), *allocator):
         print(fact)
     return 0
 

@@ -13,6 +13,7 @@ _BUCKET = 5e8  # values: DeepSpeed's reduce_bucket_size
 _SUB_GROUP = 1e9  # values of a process that stage 3 updates at once: its sub_group_size
 _LIVE, _PREFETCH = 1e9, 5e7  # values: its stage3_max_live_parameters and stage3_prefetch_bucket_size
 _MASTER, _MOMENTS, _FP32 = 4.0, 8.0, 4.0
+_SAVED = _FP32 + _MOMENTS  # bytes of a parameter in a checkpoint; each process writes its part of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class DeviceMemory:
         moments: all that is there at once, by moment: forward (its end, activations complete), backward (its end,
             gradients complete and being reduced), step (of the optimizer).
         between_steps: what stays.
-        host: of offloaded states.
+        host: of offloaded states, and of the copy that an asynchronous save writes (on a CPU the same memory).
     """
 
     weights: float
@@ -73,6 +74,7 @@ def device_memory(
     num_tokens: int,
     checkpointing: Checkpointing = "none",
     accelerator: bool = True,
+    staged: bool = False,
 ) -> DeviceMemory:
     """Memory of one device.
 
@@ -83,6 +85,7 @@ def device_memory(
         num_tokens: positions of a micro-batch of one process of a data group.
         checkpointing: of the run.
         accelerator: a GPU, where a buffer takes its whole size; on a CPU only the pages that are written count.
+        staged: saves are asynchronous, for which a process keeps room for its fragments (`train.staging`).
     """
     states = _states(plan, float(num_params), accelerator=accelerator)
     kept: dict[Checkpointing, float] = {
@@ -112,7 +115,7 @@ def device_memory(
         buffers=states.stays + max(states.forward, states.backward, states.step),
         moments=moments,
         between_steps=held + (states.gradients if states.gradients_stay else 0.0),
-        host=states.host,
+        host=states.host + (_SAVED * num_params / plan.zero_ranks if staged else 0.0),
     )
 
 

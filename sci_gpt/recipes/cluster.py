@@ -115,6 +115,8 @@ def refuse_what_does_not_fit(result: dict[str, Any]) -> None:
         return
     device, kinds = result["device"], result["bytes_per_device"]
     listed = ", ".join(f"{name} {_size(kinds[name])}" for name in ("weights", "gradients", "optimizer", "buffers"))
+    if result["host_bytes_per_device"]:
+        listed += f"; on the host {_size(result['host_bytes_per_device'])}"
     where = "a process of this machine" if device["name"] == MEASURED else f"one {device['name']}"
     change = result["remedy"]
     raise ConfigError(

@@ -39,6 +39,7 @@ def memory_of(config: PretrainConfig, *, model: SciGPT, accelerator: bool) -> De
         num_tokens=tokens,
         checkpointing=config.parallel.activation_checkpointing,
         accelerator=accelerator,
+        staged=config.checkpoint.asynchronous,
     )
 
 
@@ -53,9 +54,12 @@ def lacking(memory: DeviceMemory, *, device: Device) -> float:
 def remedy(config: PretrainConfig, *, model: SciGPT, device: Device, gpus_per_node: int) -> str | None:
     """The first change that fits, in the words of the configuration; None: none of those that are tried.
 
-    Tried alone, in this order: activation checkpointing, higher ZeRO stages, smaller micro-batches, offload, tensor
-    parallelism within a node; then these together; then that on more nodes.
+    Tried alone, in this order: saves for which training waits, activation checkpointing, higher ZeRO stages, smaller
+    micro-batches, offload, tensor parallelism within a node; then these together; then that on more nodes.
     """
+    waiting = config.checkpoint.model_copy(update={"asynchronous": False})
+    if _fits(config.model_copy(update={"checkpoint": waiting}), {}, model=model, device=device):
+        return "--set checkpoint.asynchronous=false"
     for change in _changes(config, gpus_per_node=gpus_per_node):
         if _fits(config, change, model=model, device=device):
             return _in_words(change)
