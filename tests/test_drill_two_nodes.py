@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
-from sci_launch.drill_place import Allocation, Here, find_place
+from sci_launch.drill_place import Allocation, DrillError, Here, Remote, find_place
+from sci_launch.drill_run import Start
 from small_slurm import NODES, Slurm, missing_programs, small_slurm
 from toy_store import toy_config, write_store
 
@@ -95,6 +100,54 @@ def test_the_launcher_that_names_a_killed_rank_is_known_by_its_words() -> None:
         assert place.told_of_kill(f"step 7/12\n{words}\n", rank=3, size=4)
         assert not place.told_of_kill(f"step 7/12\n{words}\n", rank=2, size=4)
         assert not place.told_of_kill("step 7/12 | task 3: Killed time", rank=3, size=4)
+    grouped = "srun: error: n2: tasks 4,6-7: Killed"
+    killed = [Allocation(job="7", nodes=2, host="n1").told_of_kill(grouped, rank=rank, size=8) for rank in range(8)]
+    assert [rank for rank in range(8) if killed[rank]] == [4, 6, 7]
+
+
+def test_a_signal_runs_on_the_worker_s_node_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `srun` that runs its last words here and says that it did so on the node of --nodelist, or on another."""
+    (tmp_path / "srun").write_text(
+        '#!/bin/sh\nfor word; do case "$word" in --nodelist=*) node=${word#*=};; esac; line=$word; done\n'
+        'SLURMD_NODENAME=${ELSEWHERE:-$node} exec sh -c "$line"\n'
+    )
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    worker = Remote(node="n2", pid=sleeper.pid)
+    assert worker.is_running()
+    monkeypatch.setenv("ELSEWHERE", "n1")
+    with pytest.raises(DrillError, match="was meant for n2 and ran on n1"):
+        worker.is_running()
+    monkeypatch.delenv("ELSEWHERE")
+    worker.kill()
+    assert sleeper.wait(10) == -signal.SIGKILL and not worker.is_running()
+    with pytest.raises(DrillError, match="No such process"):
+        worker.suspend()
+    (tmp_path / "srun").write_text("#!/bin/sh\necho 'srun: error: no answer' >&2\nexit 1\n")
+    with pytest.raises(DrillError, match="no answer"):
+        worker.is_running()
+
+
+def test_a_run_that_cannot_be_ended_does_not_take_the_drill_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, and the others are ended."""
+    ended: list[str] = []
+
+    @dataclass
+    class Stub:
+        name: Path
+        fails: bool
+        process: Any = field(default_factory=lambda: SimpleNamespace(poll=lambda: None))
+
+        def kill(self) -> None:
+            if self.fails:
+                raise DrillError("squeue gave no answer")
+            ended.append(self.name.name)
+
+    runs = [Stub(Path("drill/hang-start-1"), True), Stub(Path("drill/hang-start-2"), False)]
+    monkeypatch.setattr(Start, "alive", runs)
+    assert Start.end_all() == ["hang-start-1 could not be ended: squeue gave no answer"]
+    assert ended == ["hang-start-2"] and Start.end_all() == []
 
 
 def test_where_a_drill_stands(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:

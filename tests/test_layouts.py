@@ -89,6 +89,22 @@ def test_on_some_rank_a_modality_is_absent_and_a_row_is_empty(quickstart_store: 
     assert any(0 < len(names) < 3 for names in present)
 
 
+def test_the_scripts_of_the_tables_train_and_compare(
+    quickstart_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process: each stage against the first, and a checkpoint of stage 0 at its own layout and at stage 3."""
+    monkeypatch.setattr(parity, "STEPS", SAVED)
+    monkeypatch.setattr(any_to_any, "STEPS", STEPS)
+    monkeypatch.setattr(any_to_any, "SAVED", SAVED)
+    layouts = [Layout(zero=0, steps=SAVED), Layout(zero=3, steps=SAVED, changes={"seed": 1})]
+    same, other_order = parity.compare(layouts, quickstart_store)
+    assert same["within"] and same["loss"] <= parity.LIMITS["fp32"]["loss"]
+    assert not other_order["within"], "other samples give other losses"
+    itself, moved = any_to_any.go_on([Layout(zero=0)], [Layout(zero=3)], data=quickstart_store, folder=tmp_path)
+    assert itself["exact"] and itself["within"] and itself["loaded"] == itself["saved"]
+    assert moved["within"] and moved["same_samples"] and moved["loss"] <= any_to_any.LIMIT["fp32"]
+
+
 def test_the_tables_say_what_was_seen() -> None:
     layout = Layout(tensor=2, zero=3)
     row = {"layout": layout, "loss": 3.2e-8, "gradient_norm": 2.0e-4, "within": False}

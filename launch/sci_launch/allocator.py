@@ -10,8 +10,8 @@ from pathlib import Path
 
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES")  # and MALLOC_*: who sets them has an allocator in mind
 DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))
-# Freed memory is kept for the next tensors, and the run itself gives it back every few steps (sci_gpt/train/heap.py). By
-# default jemalloc does so all the time, and the pages of a step of a second or more are cleared anew in each.
+# Freed memory is kept for the next tensors, and the run itself gives it back every few steps (sci_gpt/train/heap.py).
+# By default jemalloc does so all the time, and the pages of a step of a second or more are cleared anew in each.
 SETTINGS = {"MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"}
 INSTALL = "`apt-get install libjemalloc2`, or jemalloc of conda-forge or of your cluster's modules"
 
@@ -42,5 +42,5 @@ def find() -> str | None:
     return str(own) if own.exists() else ctypes.util.find_library("jemalloc")
 
 
-if __name__ == "__main__":  # for a torchrun by hand: export $(python -m sci_launch.allocator)
+if __name__ == "__main__":  # for a torchrun by hand: env $(python -m sci_launch.allocator) torchrun ..
     print(" ".join(f"{name}={value}" for name, value in preload().items()))
