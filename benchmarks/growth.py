@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import threading
@@ -16,13 +17,14 @@ import psutil
 from benchmarks.results import machine, write_section
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config, show_config
-from sci_gpt.train.run_folder import LOG, read_lines
+from sci_gpt.train.run_folder import LOG
 from sci_launch.local import WORKER, run_workers
 
 LIMIT = 0.02
 WARM_UP = 0.1  # of the steps: pools, caches and the tracker's libraries are filled by then
 _PARTS = 10  # rows of the table
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.2  # several in the 20 steps after which a run gives memory back
+_TAIL_BYTES = 65536  # of the log, in which the last line is
 
 Looks = dict[int, list[tuple[int, float]]]  # rank -> (completed steps, resident MB), in time
 
@@ -41,8 +43,19 @@ def growth(looks: Sequence[tuple[int, float]], *, steps: int) -> tuple[float, fl
     return before, after, after / before - 1
 
 
+def last_step(log: Path) -> int:
+    """Of the last whole line; 0 before the first."""
+    if not log.exists():
+        return 0
+    begin = max(0, log.stat().st_size - _TAIL_BYTES)
+    with log.open("rb") as file:
+        file.seek(begin)
+        whole = file.read().split(b"\n")[bool(begin) : -1]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
 class Watcher(threading.Thread):
-    """Looks at the resident memory of this process' workers once a second."""
+    """Looks at the resident memory of this process' workers."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(daemon=True)
@@ -52,8 +65,7 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         """Look until `done`."""
         while not self.done.wait(_LOOK_SECONDS):
-            records = read_lines(self.run_folder / LOG)
-            step = records[-1]["step"] if records else 0
+            step = last_step(self.run_folder / LOG)
             for child in psutil.Process().children():
                 try:
                     rank, memory = int(child.environ()["RANK"]), child.memory_info().rss / 1e6
@@ -81,12 +93,13 @@ def measure(config: PretrainConfig) -> Looks:
 
 
 def table(looks: Looks, *, steps: int) -> list[str]:
-    """Resident MB of each rank over the steps, and the growth."""
+    """Median resident MB of each rank in each tenth of the steps, and the growth."""
     at = [round(steps * part / _PARTS) for part in range(1, _PARTS + 1)]
     lines = ["| rank | " + " | ".join(f"step {step}" for step in at) + " | growth |", "|---" * (len(at) + 2) + "|"]
     for rank, row in sorted(looks.items()):
-        cells = [[memory for step, memory in row if step <= until][-1:] for until in at]
-        shown = [f"{cell[0]:.0f}" if cell else "-" for cell in cells]
+        width = steps / _PARTS
+        cells = [[memory for step, memory in row if until - width < step <= until] for until in at]
+        shown = [f"{median(cell):.0f}" if cell else "-" for cell in cells]
         lines.append(f"| {rank} | {' | '.join(shown)} | {100 * growth(row, steps=steps)[2]:+.2f} % |")
     return lines
 
@@ -114,7 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(asked.config, PretrainConfig, overrides=(*words, *asked.overrides))
         begun = time.monotonic()
         looks = measure(config)
-    lines = [f"{asked.config}, {asked.steps} steps, {machine()}: resident MB", "", *table(looks, steps=asked.steps)]
+    lines = [
+        f"{asked.config}, {asked.steps} steps, {machine()}: resident MB, median of each tenth",
+        "",
+        *table(looks, steps=asked.steps),
+    ]
     print("\n".join(lines))
     print(f"{time.monotonic() - begun:.0f} s")
     if asked.write:
