@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from benchmarks.megatron_table import lines_of_table
 from sci_gpt.errors import ConfigError
-from sci_gpt.model.shapes import SHAPES
+from sci_gpt.model.flops import Work, training_flops
+from sci_gpt.model.shapes import SHAPES, ModelShape
+from sci_gpt.model.transformer import ModelSettings, SciGPT
 from sci_gpt.parallel.device_memory import device_memory
 from sci_gpt.parallel.devices import DEVICES, NAMES, device_named
 from sci_gpt.parallel.failures import daly, losses, young
@@ -19,6 +23,7 @@ from sci_gpt.parallel.memory import activation_bytes, model_state_bytes
 from sci_gpt.parallel.plan import Dtype, ParallelPlan
 from sci_gpt.parallel.published import Gpt, training_days
 from sci_gpt.parallel.roofline import Load, link_rate, step_time
+from sci_tokenizers.tokenizer import TokenizerSettings
 
 # Rajbhandari et al. 2020 (arXiv:1910.02054), table 1: GB (10^9 bytes) per device of a model's states by degree of data
 # parallelism, at stages 1, 2 and 3, as printed. (2 + 2 + 12 / N) P, (2 + 14 / N) P, 16 P / N.
@@ -94,6 +99,52 @@ def test_training_days_are_megatrons() -> None:
     # 8 T P is the step's formula without attention and words: within 5 % at these widths
     gpt = Gpt(layers=128, width=25600, heads=160)
     assert gpt.flops(3072) == pytest.approx(8 * gpt.parameters * 3072 * 2048, rel=0.05)
+
+
+@pytest.mark.parametrize(("billions", "layers", "width", "heads"), MEGATRON)
+def test_the_plan_s_own_counts_are_megatrons_at_its_shapes(
+    billions: float, layers: int, width: int, heads: int
+) -> None:
+    """A trunk of ours whose hidden width is 8 / 3 of the width has Megatron's 12 h^2 of matrices a layer. Without its
+    words and positions, and with 7 products of attention for its 6 (scores are computed again in the backward pass),
+    parameters are those of equation 2, and FLOPs, three quarters of them without recomputation, those of equation 3.
+    """
+    shape = ModelShape(layers=layers, width=width, heads=heads, hidden=round(8 * width / 3))
+    with torch.device("meta"):
+        model = SciGPT(shape, ModelSettings(tokenizer=TokenizerSettings()))
+    theirs = Gpt(layers=layers, width=width, heads=heads, words=-2048)  # V + s = 0
+    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert blocks == pytest.approx(theirs.parameters, rel=0.01)
+    assert blocks < billions * 1e9 < blocks * 1.2, "the rest is words"
+    tokens, pairs = 512 * 2048.0, 512 * 2048.0**2
+    work = Work(positions=0, tokens=tokens, wide_pairs=pairs, near_pairs=pairs, payloads={})
+    found = training_flops(model, work)
+    ours = (found["trunk"] + found["attention"] * 6 / 7) * 4 / 3
+    assert ours == pytest.approx(replace(theirs, words=0).flops(512), rel=0.01)
+    assert found["context"] == found["embed"] == found["heads"] == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "tokens", "devices", "rate", "days"),
+    [(96, 12288, 96, 300e9, 1024, 140e12, 34), (128, 25600, 160, 450e9, 3072, 163e12, 84)],
+)
+def test_the_roofline_takes_megatrons_days(
+    layers: int, width: int, heads: int, tokens: float, devices: int, rate: float, days: float
+) -> None:
+    """GPT-3 and the trillion with all layers computed again, at the rate that Megatron attained: the step's products of
+    our count, without attention as in the paper's equation 4, over the steps of 300 and 450 billion tokens.
+    """
+    with torch.device("meta"):
+        shape = ModelShape(layers=layers, width=width, heads=heads, hidden=round(8 * width / 3))
+        model = SciGPT(shape, ModelSettings(tokenizer=TokenizerSettings()))
+    batch = 3072 * 2048.0
+    work = Work(positions=0, tokens=batch, wide_pairs=0, near_pairs=0, payloads={})
+    plan = ParallelPlan(data_parallel=devices // 8, tensor_parallel=8, zero_stage=1, dtype="bf16")
+    a100 = DEVICES["a100"]
+    device = replace(a100, attainable=rate / a100.peak["bf16"])
+    load = _load(flops=training_flops(model, work)["trunk"])
+    found = step_time(load, plan, device=device, gpus_per_node=8, checkpointing="full")
+    assert found.products * tokens / batch / 86400 == pytest.approx(days, rel=0.01)
 
 
 def test_our_own_flops_follow_the_same_rule() -> None:
