@@ -17,23 +17,18 @@ from sci_launch import allocator
 
 CPU = torch.device("cpu")
 needs_jemalloc = pytest.mark.skipif(allocator.find() is None, reason=f"no jemalloc here: {allocator.INSTALL}")
-# Four tensors of 0.2 to 20 MB at a time, beside small pieces that stay, as a run's records do; every five a step ends.
-# Prints MB.
+# Four tensors of 0.2 to 20 MB at a time, beside small pieces that stay, as a run's records do; prints MB.
 CHURN = """
 import random
 import psutil, torch
-from sci_gpt.train import heap
 draw, alive, stay = random.Random(1), [], []
-step = heap.after_each_step(lambda: None, torch.device('cpu'))
 def resident():
     return psutil.Process().memory_info().rss / 1e6
-for number in range(6001):
+for number in range(6000):
     alive.append(torch.ones(draw.randrange(50_000, 5_000_000)))
     stay.append(torch.ones(draw.randrange(1, 2000)))
     if len(alive) > 4:
         alive.pop(draw.randrange(len(alive)))
-    if number % 5 == 4:
-        step()
     if number == 600:
         first = resident()
 print(first, resident())
@@ -48,9 +43,9 @@ del pieces[::2]
 def resident():
     return psutil.Process().memory_info().rss / 1e6
 seen = [resident()]
-for number in range(1, EVERY + 1):
+for number in range(1, 101):
     step()
-    if number in (EVERY - 1, EVERY):
+    if number in (99, 100):
         seen.append(resident())
 print(len(calls), *seen)
 """
@@ -82,18 +77,10 @@ def test_tensors_of_other_sizes_leave_nothing_behind(monkeypatch: pytest.MonkeyP
     assert last < 1.1 * first
 
 
-@needs_jemalloc
-def test_what_jemalloc_holds_free_goes_back_every_twenty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 MB in pieces of 64 kB, of which every second one is freed."""
-    monkeypatch.setattr(allocator, "DRIVERS", ())
-    calls, before, at_19, at_20 = told(HOLES.replace("EVERY", "20"), allocator.preload({}))
-    assert calls == 20 and at_19 == pytest.approx(before, abs=2) and at_20 < before - 30
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has another heap")
 def test_what_glibc_holds_free_goes_back_every_hundred_steps() -> None:
     """The same: nothing of it lies at the heap's end."""
-    calls, before, at_99, at_100 = told(HOLES.replace("EVERY", "100"), {})
+    calls, before, at_99, at_100 = told(HOLES, {})
     assert calls == 100 and at_99 == pytest.approx(before, abs=2) and at_100 < before - 30
 
 

@@ -10,9 +10,6 @@ from pathlib import Path
 
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES")  # and MALLOC_*: who sets them has an allocator in mind
 DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))
-# Freed memory is kept for the next tensors, and the run itself gives it back every few steps (sci_gpt/train/heap.py).
-# By default jemalloc does so all the time, and the pages of a step of a second or more are cleared anew in each.
-SETTINGS = {"MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"}
 INSTALL = "`apt-get install libjemalloc2`, or jemalloc of conda-forge or of your cluster's modules"
 
 
@@ -23,7 +20,7 @@ def preload(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     docs/faults.md has the measurements.
     """
     library = find()
-    return {} if library is None or left_alone(environ) else {"LD_PRELOAD": library, **SETTINGS}
+    return {} if library is None or left_alone(environ) else {"LD_PRELOAD": library}
 
 
 def left_alone(environ: Mapping[str, str] = os.environ) -> str:
