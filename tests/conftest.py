@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from small_slurm import Slurm
 
 # Before any test imports numpy or torch: the same sums in the same order, no cores taken from processes under test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,6 +46,20 @@ def quickstart_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configuration = Path(__file__).resolve().parents[1] / "configs" / "data" / "quickstart.yaml"
     build(load_config(configuration, DataConfig, overrides=(f"output={path}",)))
     return path
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    """A Slurm of two nodes; skipped where it is not installed, which under CI is a failure."""
+    from small_slurm import missing_programs, small_slurm  # of few tests alone
+
+    if missing := missing_programs():
+        pytest.skip(
+            f"no Slurm here ({', '.join(missing)} missing): "
+            "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        )
+    with small_slurm() as slurm:
+        yield slurm
 
 
 @pytest.fixture(scope="session")

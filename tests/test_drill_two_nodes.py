@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,22 +19,12 @@ from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_launch.drill_place import Allocation, DrillError, Here, Remote, find_place
 from sci_launch.drill_run import Start
-from small_slurm import NODES, Slurm, missing_programs, small_slurm
+from small_slurm import ENDED, NODES, Slurm
 from toy_store import toy_config, write_store
 
 STEPS = 12
 FAULTS = ("sigterm", "kill-rank", "kill-all", "hang")  # those in which a signal has to find its way
 PATIENCE_SECONDS = 400.0
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    """A Slurm of two nodes; skipped where it is not installed, which under CI is a failure."""
-    if missing := missing_programs():
-        pytest.skip(f"no Slurm here: {', '.join(missing)} missing")
-    with small_slurm() as slurm:
-        yield slurm
 
 
 @dataclass(frozen=True, kw_only=True)

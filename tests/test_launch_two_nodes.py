@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,11 @@ from sci_gpt.config_file import show_config
 from sci_gpt.errors import ConfigError
 from sci_gpt.train.run_folder import LOG, REQUEUE, keys_log, read_lines
 from sci_launch.slurm import Wishes, submit
-from small_slurm import NODES, Slurm, missing_programs, processes_of, small_slurm
+from small_slurm import ENDED, NODES, Slurm, processes_of, small_slurm
 from toy_store import toy_config, write_store
 
 STEPS, PREEMPTED_AT = 40, 6
 PATIENCE_SECONDS = 100.0
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    """A Slurm of two nodes; skipped where it is not installed, which under CI is a failure."""
-    missing = missing_programs()
-    if missing:
-        pytest.skip(
-            f"no Slurm here ({', '.join(missing)} missing): "
-            "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-        )
-    with small_slurm() as slurm:
-        yield slurm
 
 
 @dataclass(frozen=True, kw_only=True)
