@@ -70,7 +70,7 @@ def many_quantiles() -> str:
 def full_in_a_save(processes: int) -> Case:
     """The disk fills up while a run trains on; its next checkpoint does not fit."""
     return Case(
-        argv=lambda desk: desk.pretrain(f"output={desk.run_on_disk()}", processes=processes),
+        argv=lambda desk: desk.pretrain(f"output={desk.run_on_disk()}", steps=STEP + 20_000, processes=processes),
         holds=("disk/run/checkpoints/step-", "was not written"),
         remedy=f"make room on the disk: step-{STEP:08d} is intact, and the same command resumes from it",
         disk_size="16m",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import sys
@@ -228,6 +229,7 @@ def main() -> None:
                 "steps": train(engine, range(SAVED, STEPS)),
             }
             engine.close()
+        seen["crashes_say_where"] = faulthandler.is_enabled()
         (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
         world.stop()
 

@@ -26,7 +26,9 @@ def main() -> None:
             raise DataError("no store at 'data/x'; build it")
         if how == "full":
             raise OSError(28, "No space left on device", "runs/x/log.jsonl")
-        if how == "crash" and rank == "1":
+        if how == "abort" and rank == "1":
+            os.abort()
+        if (how, rank) in (("crash", "1"), ("abort", "0")):
             raise ZeroDivisionError("one divided by nothing")
         deadline = time.monotonic() + 60
         while how in ("crash", "late") and not requests.stop and time.monotonic() < deadline:

@@ -27,6 +27,7 @@ from house_tree import FILES, FOLDERS, PACKAGES
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"name", "file", "old", "new", "test"}
 WORKERS, SECONDS = 2, 300.0
+OUTPUT = 20_000  # characters of pytest's output that are shown where a test of the unbroken product fails
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "hypothesis", "pandas", "xarray", "scipy.signal", "torch", "matplotlib"])
 # Prints where Python finds the packages: it must be the copy, whatever is installed beside it.
@@ -55,6 +56,7 @@ class Outcome:
     verdict: str
     seconds: float
     last_line: str
+    output: str = ""
 
 
 def read_mutations(path: Path, root: Path) -> tuple[Mutation, ...]:
@@ -125,10 +127,11 @@ def run_tests(tree: Path, nodes: Sequence[str]) -> Outcome:
             os.killpg(child.pid, signal.SIGKILL)  # its own session: the test and the processes that it started
             child.join()
             return Outcome(verdict="broken", seconds=time.monotonic() - began, last_line="took too long")
-        lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = output.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     verdict = {0: "passed", 1: "failed"}.get(child.exitcode, "broken")
     told = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "no output")
-    return Outcome(verdict=verdict, seconds=time.monotonic() - began, last_line=told)
+    return Outcome(verdict=verdict, seconds=time.monotonic() - began, last_line=told, output=text)
 
 
 def _pytest(tree: Path, nodes: Sequence[str], output: Path) -> None:
@@ -187,6 +190,7 @@ def run_all(mutations: Sequence[Mutation], root: Path) -> dict[str, Outcome]:
         for nodes, whole in zip(shares, wholes, strict=True):
             print(f"unbroken: {len(nodes)} tests {whole.verdict} in {whole.seconds:.1f} s", flush=True)
             if whole.verdict != "passed":
+                print(whole.output[-OUTPUT:], flush=True)
                 raise MutationError(f"the named tests must pass on the unbroken product: {whole.last_line}")
 
         def work(mutation: Mutation) -> Outcome:

@@ -53,6 +53,14 @@ def test_a_crash_ends_the_others_and_shows_its_last_lines(tmp_path: Path) -> Non
     assert (tmp_path / "ended-0").read_text() == "True", "rank 0 must be asked to stop, not left waiting"
 
 
+def test_ranks_that_fail_together_are_all_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was killed comes first, and does not hide what the other said: it may have died of its loss."""
+    monkeypatch.setattr(local, "_POLL_SECONDS", 3.0)
+    found = r"(?s)rank 1 of 2 was killed by SIGABRT; .*rank 0 of 2 ended with exit code 1; .*one divided by nothing"
+    with pytest.raises(WorkerFailure, match=found):
+        run(tmp_path, "abort")
+
+
 def test_a_signal_reaches_every_worker_also_while_they_start(tmp_path: Path) -> None:
     def interrupt() -> None:
         time.sleep(0.3)

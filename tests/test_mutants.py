@@ -48,7 +48,9 @@ def test_all_noticed(tmp_path: Path) -> None:
 def test_a_test_that_fails_unbroken_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = list_of(tmp_path, {"name": "minus", "test": "test_wrong", **MINUS})
     assert run_mutants.main(["--list", str(path), "--root", str(tmp_path)]) == 2
-    assert "must pass on the unbroken product" in capfd.readouterr().err
+    told = capfd.readouterr()
+    assert "must pass on the unbroken product" in told.err
+    assert "def test_wrong(): assert add(1, 1) == 3" in told.out, "what pytest said of it must be shown"
 
 
 @pytest.mark.parametrize(

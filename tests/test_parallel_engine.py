@@ -86,6 +86,10 @@ def test_a_closed_engine_leaves_torchs_own_linear_behind(seen: list[dict[str, An
     assert all(rank["linear_is_torchs"] for rank in seen)
 
 
+def test_a_crash_below_python_will_say_where_python_stood(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["crashes_say_where"] for rank in seen)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_no_number_on_one_rank_is_refused_on_all(seen: list[dict[str, Any]], stage: int) -> None:
     for rank in seen:

@@ -101,11 +101,11 @@ def run_workers(module: Sequence[str], *, processes: int, threads: int, meeting_
                 _Worker.start(module, rank=rank, size=processes, threads=threads, meeting_place=meeting_place)
             )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-        first = _wait(workers)
+        failed = _wait(workers)
         for worker in workers:
             worker.reader.join()
-    if first is not None:
-        raise first.failure(workers)
+    if failed:
+        raise _failure(failed, workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,15 +149,20 @@ class _Worker:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
-    def failure(self, workers: Sequence[_Worker]) -> Exception:
-        """What this worker's end means for the caller; a refusal of any rank says more than the end of another."""
-        for worker in (self, *workers):
-            if worker.refusals:
-                return worker.refusals[0]
+    def end(self, size: int) -> str:
+        """How it ended, and the last that it said."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         last = "\n".join(self.lines) or "(it wrote nothing on stderr)"
-        return WorkerFailure(f"rank {self.rank} of {len(workers)} {how}; its last lines:\n{last}")
+        return f"rank {self.rank} of {size} {how}; its last lines:\n{last}"
+
+
+def _failure(failed: Sequence[_Worker], workers: Sequence[_Worker]) -> Exception:
+    """What the end of these workers means for the caller; a refusal of any rank says more than the end of another."""
+    for worker in (*failed, *workers):
+        if worker.refusals:
+            return worker.refusals[0]
+    return WorkerFailure("\n".join(worker.end(len(workers)) for worker in failed))
 
 
 def _read(stream: IO[bytes], lines: deque[str], *, refusals: list[SciGptError]) -> None:
@@ -173,15 +178,12 @@ def _read(stream: IO[bytes], lines: deque[str], *, refusals: list[SciGptError]) 
                 print(line, file=sys.stderr, flush=True)
 
 
-def _wait(workers: Sequence[_Worker]) -> _Worker | None:
-    """Wait for all; returns the first that failed. The others are then asked to end, and killed after a grace."""
-    first: _Worker | None = None
+def _wait(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Wait for all; returns those that failed by themselves. The others are asked to end, and killed after a grace."""
+    first: list[_Worker] = []
     deadline = float("inf")
     while any(worker.process.poll() is None for worker in workers):
-        failed = [worker for worker in workers if worker.process.poll() not in (None, 0)]
-        if failed and first is None:
-            # One that was killed says more than those that lost it.
-            first = next((worker for worker in failed if worker.process.returncode < 0), failed[0])
+        if not first and (first := _failed(workers)):
             deadline = time.monotonic() + _GRACE_SECONDS
             for worker in workers:
                 worker.send(signal.SIGTERM)
@@ -189,7 +191,13 @@ def _wait(workers: Sequence[_Worker]) -> _Worker | None:
             for worker in workers:
                 worker.send(signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    return first or next((worker for worker in workers if worker.process.returncode != 0), None)
+    return first or _failed(workers)
+
+
+def _failed(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Those that have ended with an error; what was killed comes first, as it says more than those that lost it."""
+    failed = [worker for worker in workers if worker.process.poll() not in (None, 0)]
+    return sorted(failed, key=lambda worker: worker.process.returncode >= 0)
 
 
 @contextmanager

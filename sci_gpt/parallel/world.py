@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import warnings
@@ -45,6 +46,8 @@ class World:
             ConfigError: RANK or WORLD_SIZE is not a number, or they contradict each other; torchrun on several machines
                 would not be able to start the workers again.
         """
+        if not faulthandler.is_enabled():
+            faulthandler.enable(2)  # a crash below Python (gloo, NCCL) says where Python stood
         rank, size = _place()
         _check_restarts(size)
         torch.set_num_threads(threads)
