@@ -24,6 +24,7 @@ from sci_gpt.model.transformer import SciGPT
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.tensor import slice_of
+from sci_gpt.parallel.worker import leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.pretrain import make_engine, make_model
@@ -275,7 +276,7 @@ def apart(mine: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -
 def main() -> None:
     """A worker: `python -m benchmarks.layouts TASK.json`."""
     task = json.loads(Path(sys.argv[1]).read_text())
-    with Requests().listening():
+    with leaving(), Requests().listening():
         world = World.start(threads=1, timeout_seconds=60.0)
         session = world.share("layouts")
         seen = [train(Layout(**one), world, data=task["data"], session=session) for one in task["layouts"]]

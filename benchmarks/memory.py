@@ -24,7 +24,7 @@ from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.parallel.device_memory import DeviceMemory, device_memory
 from sci_gpt.parallel.engine import AdamWSettings, Engine
 from sci_gpt.parallel.plan import Dtype, ParallelPlan
-from sci_gpt.parallel.worker import RENDEZVOUS_VARIABLE
+from sci_gpt.parallel.worker import RENDEZVOUS_VARIABLE, leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.train import fragments
 from sci_gpt.train.objective import NextFrame
@@ -141,11 +141,12 @@ def train(case: Case, *, world: World, steps: int) -> dict[str, int]:
 
 def worker(case: Case) -> None:
     """One process of a case: a small model first, so that libraries and their buffers are there."""
-    world = World.start(threads=1)
-    small = Case(**{**asdict(case), "size": "tiny", "layers": None, "tokens": 512, "accumulation": 1})
-    train(small, world=world, steps=1)
-    print(json.dumps(train(case, world=world, steps=STEPS)), flush=True)
-    world.stop()
+    with leaving():
+        world = World.start(threads=1)
+        small = Case(**{**asdict(case), "size": "tiny", "layers": None, "tokens": 512, "accumulation": 1})
+        train(small, world=world, steps=1)
+        print(json.dumps(train(case, world=world, steps=STEPS)), flush=True)
+        world.stop()
 
 
 def measured(case: Case) -> dict[str, int]:

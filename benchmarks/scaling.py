@@ -28,6 +28,7 @@ from sci_gpt.parallel.engine import AdamWSettings, Engine
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.weights import place
+from sci_gpt.parallel.worker import leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.train.feed import empty_payloads
 from sci_gpt.train.signals import Requests
@@ -97,7 +98,7 @@ def _loss(model: Callable[..., object], inputs: ModelInputs) -> torch.Tensor:
 
 def work(folder: Path, size: str, *, tokens: int, steps: int, stage: int | None) -> None:
     """One process: steps of the engines in turns; seconds of each."""
-    with Requests().listening():
+    with leaving(), Requests().listening():
         world = World.start(timeout_seconds=600.0)
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[world.rank % len(cores)]})

@@ -24,6 +24,7 @@ from sci_gpt.parallel.engine import AdamWSettings, Engine
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.plan import ParallelPlan
 from sci_gpt.parallel.weights import place
+from sci_gpt.parallel.worker import leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.train.feed import empty_payloads
 from sci_gpt.train.signals import Requests
@@ -56,7 +57,7 @@ def status(name: str) -> int:
 
 def work(size: str, limit: float, folder: Path) -> None:
     """One process: build, one step; peak memory above what stood before the model, after each part."""
-    with Requests().listening():
+    with leaving(), Requests().listening():
         world = World.start(timeout_seconds=300.0)
         settings = TokenizerSettings()
         one = collate([[wave(TOKENS)]], TOKENS)

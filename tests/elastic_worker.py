@@ -20,6 +20,7 @@ import torch.distributed as dist
 from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import load_config
 from sci_gpt.data.store import Store
+from sci_gpt.parallel.worker import leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.train.checkpoint import WEIGHT, Reader, tensor_key
@@ -116,12 +117,13 @@ def run(task: dict[str, Any], world: World, *, session: str) -> None:
 
 def main() -> None:
     """`elastic_worker TASKS.json`: [{config, until, save, kill: [step, rank] or null, accumulation, threads}]."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=WATCHDOG_SECONDS))
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    session = world.share(uuid.uuid4().hex)
-    for task in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        run(task, world, session=session)
-    world.stop()
+    with leaving():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=WATCHDOG_SECONDS))
+        world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+        session = world.share(uuid.uuid4().hex)
+        for task in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            run(task, world, session=session)
+        world.stop()
 
 
 if __name__ == "__main__":

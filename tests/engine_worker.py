@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sci_gpt.parallel.engine import AdamWSettings, Engine
 from sci_gpt.parallel.plan import ParallelPlan
+from sci_gpt.parallel.worker import leaving
 from sci_gpt.parallel.world import World
 from sci_gpt.train import fragments
 from sci_gpt.train.checkpoint import Reader, step_folder
@@ -174,7 +175,7 @@ def bf16_again(world: World, stage: int, folder: Path, *, session: str) -> dict[
 def main() -> None:
     """All cases, in one process group."""
     folder = Path(sys.argv[1])
-    with Requests().listening():
+    with leaving(), Requests().listening():
         world = World.start()
         session = world.share("s")
         seen: dict[str, Any] = {"reference": reference({}), "shared_memory_op": build_shm_op() is not None}
@@ -211,7 +212,7 @@ def main() -> None:
         seen |= {"bf16": train(engine, range(STEPS)), "bf16_broken": train(engine, range(1), break_rank=0)}
         engine.close()
         seen |= {f"bf16-{stage}": bf16_again(world, stage, folder, session=session) for stage in (1, 2, 3)}
-        seen["linear_is_torchs"] = nn.functional.linear is LINEAR
+        seen |= {"linear_is_torchs": nn.functional.linear is LINEAR, "crashes_say_where": faulthandler.is_enabled()}
         for number, (saved, loaded) in enumerate(PAIRS):
             engine = make(world, zero_stage=loaded)
             if number % 2:
@@ -229,7 +230,6 @@ def main() -> None:
                 "steps": train(engine, range(SAVED, STEPS)),
             }
             engine.close()
-        seen["crashes_say_where"] = faulthandler.is_enabled()
         (folder / f"seen-{world.rank}.json").write_text(json.dumps(seen))
         world.stop()
 

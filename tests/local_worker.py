@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 from sci_gpt.errors import DataError
-from sci_gpt.parallel.worker import refusing
+from sci_gpt.parallel.worker import leaving, refusing
 from sci_gpt.train.signals import Requests
 
 
@@ -18,7 +20,14 @@ def main() -> None:
     if how == "late":
         time.sleep(0.6)  # as a worker that still imports: it does not listen yet
     requests = Requests()
-    with refusing(), requests.listening():
+    if how == "past":
+        atexit.register(os.abort)  # as Python's own end may
+    with leaving(), refusing(), requests.listening():
+        if how == "past":
+            atexit.register((folder / f"registered-{rank}").touch)
+            threading.Timer(0.3, (folder / f"thread-{rank}").touch).start()
+            print("not yet written", end="")
+            sys.exit(0 if rank == "0" else 7)
         (folder / f"started-{rank}").write_text(f"{os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
         (folder / f"preload-{rank}").write_text(os.environ.get("LD_PRELOAD", ""))
         if how == "refuse":

@@ -61,6 +61,15 @@ def test_ranks_that_fail_together_are_all_shown(tmp_path: Path, monkeypatch: pyt
         run(tmp_path, "abort")
 
 
+def test_a_worker_ends_with_its_code_and_without_pythons_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python's own end aborts it, as a thread of gloo may; what it still has to do is done before."""
+    with pytest.raises(WorkerFailure, match="^rank 1 of 2 ended with exit code 7; "):
+        run(tmp_path, "past")
+    for rank in (0, 1):
+        assert (tmp_path / f"registered-{rank}").exists() and (tmp_path / f"thread-{rank}").exists()
+    assert capfd.readouterr().out == "not yet written" * 2
+
+
 def test_a_signal_reaches_every_worker_also_while_they_start(tmp_path: Path) -> None:
     def interrupt() -> None:
         time.sleep(0.3)

@@ -22,7 +22,7 @@ from sci_gpt.model.width import rate_factors
 from sci_gpt.parallel.engine import Engine
 from sci_gpt.parallel.groups import Groups
 from sci_gpt.parallel.weights import place
-from sci_gpt.parallel.worker import refusing
+from sci_gpt.parallel.worker import leaving, refusing
 from sci_gpt.parallel.world import World
 from sci_gpt.recipes import parts
 from sci_gpt.recipes.priors import store_with_priors
@@ -341,7 +341,7 @@ def _mark_end(run: Path, outcome: Outcome) -> None:
 def main() -> None:
     """A worker process: `python -m sci_gpt.recipes.pretrain CONFIG`, RANK and WORLD_SIZE in the environment."""
     requests = Requests()
-    with refusing(), requests.listening():
+    with leaving(), refusing(), requests.listening():
         pretrain(load_config(Path(sys.argv[1]), PretrainConfig), requests)
 
 
