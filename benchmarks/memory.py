@@ -18,14 +18,16 @@ import torch
 from benchmarks.activation_memory import row
 from benchmarks.results import machine, write_section
 from sci_gpt.model.checkpointing import Checkpointing
-from sci_gpt.model.init import initialize
 from sci_gpt.model.shapes import SHAPES, ModelShape
 from sci_gpt.model.transformer import ModelSettings, SciGPT, build_model
 from sci_gpt.parallel.device_memory import DeviceMemory, device_memory
 from sci_gpt.parallel.engine import AdamWSettings, Engine
-from sci_gpt.parallel.plan import Dtype, ParallelPlan
+from sci_gpt.parallel.groups import Groups
+from sci_gpt.parallel.plan import Dtype, Offload, ParallelPlan
+from sci_gpt.parallel.weights import place
 from sci_gpt.parallel.worker import RENDEZVOUS_VARIABLE, leaving
 from sci_gpt.parallel.world import World
+from sci_gpt.recipes.remedies import params_on_device
 from sci_gpt.train import fragments
 from sci_gpt.train.objective import NextFrame
 from sci_gpt.train.staging import Staging
@@ -38,13 +40,19 @@ ADAMW = AdamWSettings(learning_rate=1e-4, betas=(0.9, 0.95), epsilon=1e-8, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run of STEPS steps: `layers` of the size (None: all), `tokens` of a process's micro-batch, `staged` saves."""
+    """STEPS steps: `layers` of the size (None: all), `tokens` of a micro-batch of a data group, `staged` saves.
+
+    Processes that neither the tensor nor the sequence axis takes are data groups.
+    """
 
     size: str
     layers: int | None = None
     dtype: Dtype = "fp32"
     zero_stage: int = 1
     processes: int = 1
+    tensor_parallel: int = 1
+    sequence_parallel: int = 1
+    offload: Offload = "none"
     accumulation: int = 1
     checkpointing: Checkpointing = "none"
     tokens: int = 512
@@ -60,7 +68,10 @@ class Case:
     def plan(self) -> ParallelPlan:
         """The layout."""
         return ParallelPlan(
-            data_parallel=self.processes,
+            data_parallel=self.processes // (self.tensor_parallel * self.sequence_parallel),
+            tensor_parallel=self.tensor_parallel,
+            sequence_parallel=self.sequence_parallel,
+            offload=self.offload,
             zero_stage=self.zero_stage,
             dtype=self.dtype,
             accumulation=self.accumulation,
@@ -74,12 +85,15 @@ CASES = (
     Case(size="125M", layers=4, checkpointing="full", accumulation=2),
     Case(size="125M", dtype="bf16"),
     Case(size="30M", processes=2, staged=True),
+    Case(size="30M", processes=2, tensor_parallel=2, tokens=1024),
+    Case(size="30M", processes=2, sequence_parallel=2, tokens=1024),
+    Case(size="30M", processes=2, zero_stage=1, offload="optimizer", dtype="bf16"),
+    Case(size="30M", processes=2, zero_stage=3, offload="all"),
 )
 
 
-def _parameters(case: Case) -> int:
-    with torch.device("meta"):
-        return SciGPT(case.shape, ModelSettings(tokenizer=TokenizerSettings())).num_parameters
+def _model(case: Case) -> SciGPT:
+    return build_model(case.shape, ModelSettings(tokenizer=TokenizerSettings()), device="meta")
 
 
 def predicted(case: Case) -> DeviceMemory:
@@ -87,7 +101,7 @@ def predicted(case: Case) -> DeviceMemory:
     return device_memory(
         case.shape,
         case.plan,
-        num_params=_parameters(case),
+        num_params=params_on_device(_model(case), tensor_parallel=case.tensor_parallel),
         num_tokens=case.tokens,
         checkpointing=case.checkpointing,
         accelerator=False,
@@ -117,10 +131,10 @@ def train(case: Case, *, world: World, steps: int) -> dict[str, int]:
     before = rss()
     forget_peak()
     settings = TokenizerSettings()
-    model = build_model(case.shape, ModelSettings(tokenizer=settings))
-    initialize(model, 0)
+    model, groups = _model(case), Groups.join(case.plan, world)
     model.checkpointing = case.checkpointing
-    engine = Engine(model, plan=case.plan, optimizer=ADAMW, world=world)
+    place(model, groups, world=world, seed=0)
+    engine = Engine(model, plan=case.plan, optimizer=ADAMW, world=world, groups=groups)
     del model
     staging = Staging()
     if case.staged:
@@ -170,6 +184,15 @@ def measured(case: Case) -> dict[str, int]:
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
+def _zero(case: Case) -> str:
+    return str(case.zero_stage) + ("" if case.offload == "none" else f", {case.offload} offloaded")
+
+
+def _layout(case: Case) -> str:
+    axes = {"TP": case.tensor_parallel, "SP": case.sequence_parallel, "DP": case.plan.data_parallel}
+    return " x ".join(f"{name}{count}" for name, count in axes.items() if count > 1) or "one process"
+
+
 def main(arguments: list[str]) -> int:
     """Print the table, write it to RESULTS.md; 1 where a prediction is more than 10 % off."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -180,7 +203,7 @@ def main(arguments: list[str]) -> int:
         worker(Case(**json.loads(parsed.worker)))
         return 0
     lines = [
-        "| parameters | type | ZeRO | processes | checkpointing | saves | tokens x micro-batches | "
+        "| parameters | type | ZeRO | layout | checkpointing | saves | tokens x micro-batches | "
         "peak predicted, MB | measured | error | after predicted, MB | measured | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -193,13 +216,13 @@ def main(arguments: list[str]) -> int:
         pairs = ((ours.total + ours.host, theirs["peak"]), (ours.between_steps + ours.host, theirs["after"]))
         errors = [mine / real - 1 for mine, real in pairs]
         worst = max([worst, *map(abs, errors)])
-        count = _parameters(case)
+        count = _model(case).num_parameters
         numbers = [
             f"{mine / 1e6:,.0f} | {real / 1e6:,.0f} | {100 * error:+.1f} %"
             for (mine, real), error in zip(pairs, errors, strict=True)
         ]
         lines.append(
-            f"| {count / 1e6:.0f} M | {case.dtype} | {case.zero_stage} | {case.processes} | {case.checkpointing} | "
+            f"| {count / 1e6:.0f} M | {case.dtype} | {_zero(case)} | {_layout(case)} | {case.checkpointing} | "
             f"{'asynchronous' if case.staged else 'none'} | "
             f"{case.tokens:,} x {case.accumulation} | {' | '.join(numbers)} |"
         )

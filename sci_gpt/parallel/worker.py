@@ -29,9 +29,9 @@ def leaving() -> Iterator[None]:
     """Around a worker's whole work: the process then ends with its exit code, and without the end of Python itself.
 
     While Python ends, a thread of gloo that gives a tensor back to it is ended on the spot, which aborts the process
-    ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489): once in hundreds
-    of runs on a busy machine. DeepSpeed at ZeRO 3 holds its groups, and so those threads, to the last. Threads that are
-    not daemons are waited for, and what registers with `atexit` inside the block is done before.
+    ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489). It was seen on a
+    busy machine, after all work was done. DeepSpeed at ZeRO 3 holds its groups, and so those threads, to the last.
+    Threads that are not daemons are waited for, and what registers with `atexit` inside the block is done before.
     """
     code = 1
 
