@@ -71,6 +71,30 @@ def test_bytes_a_parameter(processes: int, stage: int, dtype: Any, backward: int
     assert found.total == max(found.moments.values())
 
 
+# The same of two processes with offload: of the device, then of the host between steps.
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload", "accumulation", "backward", "step", "between", "host"),
+    [
+        (1, "bf16", "optimizer", 1, 12, 8, 2, 9),
+        (2, "bf16", "optimizer", 2, 11, 4, 2, 9),
+        (1, "fp32", "optimizer", 2, 12, 4, 4, 10),
+        (2, "fp32", "optimizer", 1, 12, 4, 4, 10),
+        (2, "fp32", "optimizer", 2, 12, 4, 4, 12),
+        (3, "bf16", "optimizer", 1, 15, 5, 5, 10),
+        (3, "fp32", "all", 1, 16, 4, 4, 12),
+    ],
+)
+def test_bytes_a_parameter_with_offload(
+    stage: int, dtype: Any, offload: Offload, accumulation: int, backward: int, step: int, between: int, host: int
+) -> None:
+    """AdamW's 8 bytes of the own half are the host's, in the step alone; on a CPU device and host share one memory."""
+    layout = ParallelPlan(data_parallel=2, zero_stage=stage, dtype=dtype, offload=offload, accumulation=accumulation)
+    found = device_memory(SHAPES["30M"], layout, num_params=P, num_tokens=1, accelerator=False)
+    seen = (found.moments["backward"], found.moments["step"], found.between_steps, found.host_between_steps, found.host)
+    assert [value / P for value in seen] == pytest.approx([backward, step, between, host, host + 4])
+    assert found.together == max(found.total + found.host_between_steps, found.moments["step"] + found.host)
+
+
 def test_a_buffer_takes_its_whole_size_on_a_gpu() -> None:
     """Stage 3 keeps a bucket of 500 M fp32 values there, whatever the model; on a CPU the pages that are written."""
     layout = ParallelPlan(data_parallel=1, zero_stage=3)

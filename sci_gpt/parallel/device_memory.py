@@ -27,7 +27,9 @@ class DeviceMemory:
         moments: all that is there at once, by moment: forward (its end, activations complete), backward (its end,
             gradients complete and being reduced), step (of the optimizer).
         between_steps: what stays.
-        host: of offloaded states, and of the copy that an asynchronous save writes (on a CPU the same memory).
+        host: the most of the host's memory, for offloaded states, their step, and the copy that an asynchronous save
+            writes (on a CPU the same memory).
+        host_between_steps: what stays of it.
     """
 
     weights: float
@@ -39,11 +41,18 @@ class DeviceMemory:
     moments: dict[str, float]
     between_steps: float
     host: float
+    host_between_steps: float
 
     @property
     def total(self) -> float:
         """The most that is there at once; the kinds have their peaks at different moments and sum to more."""
         return max(self.moments.values())
+
+    @property
+    def together(self) -> float:
+        """The most of both at once, which counts where the host's memory is the device's own (a CPU)."""
+        in_step = self.host - self.host_between_steps
+        return self.host_between_steps + max(self.total, self.moments["step"] + in_step)
 
     @property
     def peak(self) -> str:
@@ -53,7 +62,8 @@ class DeviceMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class _States:
-    """Bytes of a stage as DeepSpeed holds them: model states, what each moment has beside them, and what stays."""
+    """Bytes of a stage as DeepSpeed holds them: model states, what each moment has beside them, and what stays; of the
+    host what stays, and what the step has beside it."""
 
     weights: float
     gradients: float
@@ -64,6 +74,7 @@ class _States:
     stays: float = 0.0
     gradients_stay: bool = False
     host: float = 0.0
+    host_step: float = 0.0
 
 
 def device_memory(
@@ -106,6 +117,7 @@ def device_memory(
         "backward": held + states.gradients + states.backward,
         "step": held + states.gradients + states.step,
     }
+    host = states.host + (_SAVED * num_params / plan.zero_ranks if staged else 0.0)
     return DeviceMemory(
         weights=states.weights,
         gradients=states.gradients,
@@ -115,7 +127,8 @@ def device_memory(
         buffers=states.stays + max(states.forward, states.backward, states.step),
         moments=moments,
         between_steps=held + (states.gradients if states.gradients_stay else 0.0),
-        host=states.host + (_SAVED * num_params / plan.zero_ranks if staged else 0.0),
+        host=host + states.host_step,
+        host_between_steps=host,
     )
 
 
@@ -193,18 +206,33 @@ def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accele
 
 
 def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
-    """Stages 1 and 2 with offload: master copy, moments, own gradients and a copy of own weights are on the host."""
+    """Stages 1 and 2 with offload: master copy, moments, own gradients and a copy of own weights are on the host.
+
+    All gradients pass through the bucket, which is reduced in a copy. In bf16 at stage 1 they are summed in fp32, at
+    both stages the own part is kept in fp32 until the step; in fp32 it goes to the host alone. Between micro-batches
+    stage 1 keeps all gradients; at stage 2 in fp32 the host has the own part once more.
+    """
     size = 2.0 if plan.dtype == "bf16" else 4.0
     own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
     bucket = _BUCKET if accelerator else in_bucket
+    stage_1, again = plan.zero_stage == 1, 0.0
+    if plan.dtype == "bf16" and not stage_1:
+        gradients, backward, step = _FP32 * own, 2 * bucket + _FP32 * in_bucket + 2 * own, 0.0
+    else:
+        kept = own if plan.dtype == "bf16" else 0.0
+        gradients = _FP32 * params if stage_1 else 0.0
+        backward = _FP32 * (bucket + in_bucket + kept) - gradients
+        step = (_FP32 * (bucket + kept) if plan.dtype == "bf16" else 0.0) - gradients
+        again = _FP32 * own if not stage_1 and plan.accumulation > 1 else 0.0
     return _States(
         weights=size * params,
-        gradients=size * (params if plan.zero_stage == 1 else own),
+        gradients=gradients,
         optimizer=0.0,
         forward=0.0,
-        backward=size * bucket + (_FP32 * in_bucket if plan.dtype == "bf16" else 0.0),
-        step=0.0,
-        host=(_MASTER + _MOMENTS + _FP32 + size) * own + 2 * _FP32 * own,
+        backward=backward,
+        step=step,
+        host=(_MASTER + _MOMENTS + _FP32 + size) * own + again,
+        host_step=2 * _FP32 * own,
     )
 
 
@@ -228,9 +256,6 @@ def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator:
         step=0.0 if offloaded else _FP32 * min(own, _SUB_GROUP) + adam,
         stays=_FP32 * (_BUCKET if accelerator else in_bucket),
         gradients_stay=True,
-        host=(
-            optimizer + 2 * gradients + 2 * _FP32 * min(own, _SUB_GROUP) + (weights if plan.offload == "all" else 0.0)
-        )
-        if offloaded
-        else 0.0,
+        host=optimizer + 2 * gradients + (weights if plan.offload == "all" else 0.0) if offloaded else 0.0,
+        host_step=2 * _FP32 * min(own, _SUB_GROUP) if offloaded else 0.0,
     )

@@ -47,7 +47,7 @@ def lacking(memory: DeviceMemory, *, device: Device) -> float:
     """Bytes that a device, or its host, has too few; 0 or less: it fits. A CPU is its own host."""
     usable = device.memory - device.reserved
     if device.kind == "cpu":
-        return memory.total + memory.host - usable
+        return memory.together - usable
     return max(memory.total - usable, memory.host - device.host_memory)
 
 
