@@ -87,8 +87,12 @@ CASES = (
     Case(size="30M", processes=2, staged=True),
     Case(size="30M", processes=2, tensor_parallel=2, tokens=1024),
     Case(size="30M", processes=2, sequence_parallel=2, tokens=1024),
-    Case(size="30M", processes=2, zero_stage=1, offload="optimizer", dtype="bf16"),
+    Case(size="30M", processes=2, offload="optimizer", dtype="bf16"),
+    Case(size="30M", processes=2, zero_stage=2, offload="optimizer", dtype="bf16", accumulation=2),
+    Case(size="30M", processes=2, offload="optimizer", accumulation=2),
+    Case(size="30M", processes=2, zero_stage=2, offload="optimizer"),
     Case(size="30M", processes=2, zero_stage=2, offload="optimizer", accumulation=2),
+    Case(size="30M", processes=2, zero_stage=3, offload="optimizer", dtype="bf16"),
     Case(size="30M", processes=2, zero_stage=3, offload="all"),
 )
 

@@ -12,8 +12,16 @@ LIMIT = 0.5e9  # bytes that a process may take; a model of 30 million parameters
 
 @pytest.mark.parametrize(
     "case",
-    [Case(size="30M", processes=2, zero_stage=3), Case(size="30M", dtype="bf16", checkpointing="full", staged=True)],
-    ids=["ZeRO 3 in fp32 on two processes", "ZeRO 1 in bf16, all layers computed again, saves asynchronous"],
+    [
+        Case(size="30M", processes=2, zero_stage=3),
+        Case(size="30M", dtype="bf16", checkpointing="full", staged=True),
+        Case(size="30M", processes=2, tensor_parallel=2, offload="optimizer", accumulation=2, dtype="bf16"),
+    ],
+    ids=[
+        "ZeRO 3 in fp32 on two processes",
+        "ZeRO 1 in bf16, all layers computed again, saves asynchronous",
+        "ZeRO 1 in bf16 on a tensor axis, optimizer offloaded, two micro-batches",
+    ],
 )
 def test_the_plan_knows_what_a_step_takes(case: Case) -> None:
     """Peak and rest of three steps, within the 10 % of `benchmarks/memory.py`."""

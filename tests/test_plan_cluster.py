@@ -95,6 +95,35 @@ def test_bytes_a_parameter_with_offload(
     assert found.together == max(found.total + found.host_between_steps, found.moments["step"] + found.host)
 
 
+def test_at_zero_1_all_gradients_wait_for_the_end_of_the_backward_pass() -> None:
+    """Of a model larger than a bucket, which on a GPU is there from the first gradient on; accumulated ones stay."""
+    params, bucket = 7e9, 500e6
+    for dtype, weights, kept in (("bf16", 2, 4 / 8), ("fp32", 4, 0)):
+        once, twice = (
+            device_memory(
+                SHAPES["7B"],
+                ParallelPlan(data_parallel=8, dtype=dtype, offload="optimizer", accumulation=count),  # type: ignore[arg-type]
+                num_params=int(params),
+                num_tokens=1,
+            )
+            for count in (1, 2)
+        )
+        assert once.moments["backward"] == (weights + 4 + kept) * params + 4 * bucket
+        assert once.buffers == kept * params + 4 * bucket
+        assert once.moments["forward"] == weights * params + 4 * bucket + once.activations
+        assert twice.moments["forward"] == once.moments["forward"] + 4 * params
+
+
+def test_buffers_are_those_that_deepspeed_is_told() -> None:
+    def backward(stage: int, **zero: Any) -> float:
+        layout = ParallelPlan(data_parallel=8, zero_stage=stage, extra_deepspeed={"zero_optimization": zero})
+        return device_memory(SHAPES["7B"], layout, num_params=7 * 10**9, num_tokens=1).moments["backward"]
+
+    assert backward(2) - backward(2, reduce_bucket_size=100_000_000) == 2 * 4 * 400e6  # and the copy that is reduced
+    assert backward(2, overlap_comm=True) - backward(2) == 4 * 500e6
+    assert backward(3) - backward(3, stage3_max_live_parameters=10**8) == 4 * 900e6
+
+
 def test_a_buffer_takes_its_whole_size_on_a_gpu() -> None:
     """Stage 3 keeps a bucket of 500 M fp32 values there, whatever the model; on a CPU the pages that are written."""
     layout = ParallelPlan(data_parallel=1, zero_stage=3)

@@ -10,8 +10,6 @@ from sci_gpt.parallel.memory import activation_bytes
 from sci_gpt.parallel.plan import ParallelPlan
 
 _BUCKET = 5e8  # values: DeepSpeed's reduce_bucket_size
-_SUB_GROUP = 1e9  # values of a process that stage 3 updates at once: its sub_group_size
-_LIVE, _PREFETCH = 1e9, 5e7  # values: its stage3_max_live_parameters and stage3_prefetch_bucket_size
 _MASTER, _MOMENTS, _FP32 = 4.0, 8.0, 4.0
 _SAVED = _FP32 + _MOMENTS  # bytes of a parameter in a checkpoint; each process writes its part of them
 
@@ -77,6 +75,41 @@ class _States:
     host_step: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Values of DeepSpeed's buffers: its defaults, or what `extra_deepspeed` says of `zero_optimization`.
+
+    Attributes:
+        in_bucket: gradients that are reduced at once.
+        bucket: what their buffers take: all of it on a GPU, on a CPU the pages that are written.
+        ahead: what of it is there before the first gradient is.
+        sub_group: values of a process that stage 3 updates at once.
+        live, prefetch: gathered weights that stage 3 keeps, and those that it has twice as they come.
+    """
+
+    in_bucket: float
+    bucket: float
+    ahead: float
+    sub_group: float
+    live: float
+    prefetch: float
+
+    @classmethod
+    def of(cls, plan: ParallelPlan, params: float, *, accelerator: bool) -> _Sizes:
+        """Of a layout and its parameters."""
+        said = plan.extra_deepspeed.get("zero_optimization", {})
+        size = float(said.get("reduce_bucket_size", _BUCKET))
+        twice = 2 if plan.zero_stage < 3 and said.get("overlap_comm", False) else 1
+        return cls(
+            in_bucket=min(params, size),
+            bucket=twice * size if accelerator else min(params, size),
+            ahead=twice * size if accelerator else 0.0,
+            sub_group=float(said.get("sub_group_size", 1e9)),
+            live=float(said.get("stage3_max_live_parameters", 1e9)),
+            prefetch=float(said.get("stage3_prefetch_bucket_size", 5e7)),
+        )
+
+
 def device_memory(
     shape: ModelShape,
     plan: ParallelPlan,
@@ -133,21 +166,21 @@ def device_memory(
 
 
 def _states(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
-    own = params / plan.zero_ranks
-    at_once = min(own, _SUB_GROUP) if plan.zero_stage == 3 else own
+    own, sizes = params / plan.zero_ranks, _Sizes.of(plan, params, accelerator=accelerator)
+    at_once = min(own, sizes.sub_group) if plan.zero_stage == 3 else own
     # torch's AdamW: on a CPU the root of the second moment and its quotient, on a GPU (foreach) the root alone
     adam = at_once * (_FP32 if accelerator else 2 * _FP32)
     match plan.zero_stage:
         case 0:
             return _undivided(params, accelerator=accelerator)
         case 3:
-            return _all_divided(plan, params, adam=adam, accelerator=accelerator)
+            return _all_divided(plan, params, adam=adam, sizes=sizes)
         case _ if plan.offload != "none":
-            return _optimizer_on_the_host(plan, params, accelerator=accelerator)
+            return _optimizer_on_the_host(plan, params, sizes=sizes)
         case 1 if plan.dtype == "bf16":
             return _bf16_stage_1(plan, params, adam=adam)
         case _:
-            return _optimizer_divided(plan, params, adam=adam, accelerator=accelerator)
+            return _optimizer_divided(plan, params, adam=adam, sizes=sizes)
 
 
 def _undivided(params: float, *, accelerator: bool) -> _States:
@@ -176,15 +209,14 @@ def _bf16_stage_1(plan: ParallelPlan, params: float, *, adam: float) -> _States:
     )
 
 
-def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
+def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, sizes: _Sizes) -> _States:
     """DeepSpeedZeroOptimizer at stage 1 in fp32, and at stage 2 in both types.
 
     In fp32 all gradients are there at the end of the backward pass, in place (stage 1) or in the bucket into which they
     move; a bucket is reduced in a copy, and the own part is copied out of it and once more for the step. In bf16 (stage
     2) a bucket of bf16 gradients is converted to fp32 for the reduction, and the own part is kept in fp32 and bf16.
     """
-    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
-    bucket = _BUCKET if accelerator else in_bucket
+    own, in_bucket, bucket = params / plan.zero_ranks, sizes.in_bucket, sizes.bucket
     if plan.dtype == "bf16":
         gradients, backward, step = _FP32 * own, 2 * bucket + _FP32 * in_bucket + 2 * own, 0.0
     elif plan.zero_stage == 2:
@@ -192,43 +224,42 @@ def _optimizer_divided(plan: ParallelPlan, params: float, *, adam: float, accele
         before = 0.0 if plan.accumulation > 1 else _FP32 * own
         gradients, backward, step = _FP32 * own, _FP32 * (bucket + in_bucket) - before, _FP32 * own
     else:
-        beside = _FP32 * _BUCKET if accelerator else 0.0
-        gradients, backward = _FP32 * params, _FP32 * in_bucket + beside
+        gradients, backward = _FP32 * params, _FP32 * (in_bucket + sizes.ahead)
         step = 2 * _FP32 * own - _FP32 * params
     return _States(
         weights=(2 if plan.dtype == "bf16" else 4) * params,
         gradients=gradients,
         optimizer=(_MASTER + _MOMENTS) * own,
-        forward=0.0,
+        forward=(2 if plan.dtype == "bf16" else 4) * sizes.ahead,
         backward=backward,
         step=step + adam,
     )
 
 
-def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bool) -> _States:
+def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, sizes: _Sizes) -> _States:
     """Stages 1 and 2 with offload: master copy, moments, own gradients and a copy of own weights are on the host.
 
-    All gradients pass through the bucket, which is reduced in a copy. In bf16 at stage 1 they are summed in fp32, at
-    both stages the own part is kept in fp32 until the step; in fp32 it goes to the host alone. Between micro-batches
-    stage 1 keeps all gradients; at stage 2 in fp32 the host has the own part once more.
+    Stage 1 has all gradients (in bf16 their sums in fp32) until the backward pass has ended, then they move into the
+    bucket, which is reduced in a copy. Stage 2 reduces a bucket as soon as it is full. In bf16 the own part is kept in
+    fp32 until the step, in fp32 it goes to the host alone; there stage 2 has it once more between micro-batches.
     """
-    size = 2.0 if plan.dtype == "bf16" else 4.0
-    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
-    bucket = _BUCKET if accelerator else in_bucket
-    stage_1, again = plan.zero_stage == 1, 0.0
-    if plan.dtype == "bf16" and not stage_1:
-        gradients, backward, step = _FP32 * own, 2 * bucket + _FP32 * in_bucket + 2 * own, 0.0
+    size, own = (2.0 if plan.dtype == "bf16" else 4.0), params / plan.zero_ranks
+    ahead, again = _FP32 * sizes.ahead, 0.0
+    if plan.zero_stage == 1:
+        kept = _FP32 * own if plan.dtype == "bf16" else 0.0
+        gradients, backward = _FP32 * params, _FP32 * sizes.bucket + kept
+        step = kept + _FP32 * (sizes.bucket - sizes.in_bucket) if plan.dtype == "bf16" else -gradients
+    elif plan.dtype == "bf16":
+        gradients, backward, step = _FP32 * own, 2 * sizes.bucket + _FP32 * sizes.in_bucket + 2 * own, 0.0
+        ahead /= 2  # a bucket of bf16
     else:
-        kept = own if plan.dtype == "bf16" else 0.0
-        gradients = _FP32 * params if stage_1 else 0.0
-        backward = _FP32 * (bucket + in_bucket + kept) - gradients
-        step = (_FP32 * (bucket + kept) if plan.dtype == "bf16" else 0.0) - gradients
-        again = _FP32 * own if not stage_1 and plan.accumulation > 1 else 0.0
+        gradients, backward, step = 0.0, _FP32 * (sizes.bucket + sizes.in_bucket), 0.0
+        again = _FP32 * own if plan.accumulation > 1 else 0.0
     return _States(
         weights=size * params,
         gradients=gradients,
         optimizer=0.0,
-        forward=0.0,
+        forward=ahead,
         backward=backward,
         step=step,
         host=(_MASTER + _MOMENTS + _FP32 + size) * own + again,
@@ -236,26 +267,26 @@ def _optimizer_on_the_host(plan: ParallelPlan, params: float, *, accelerator: bo
     )
 
 
-def _all_divided(plan: ParallelPlan, params: float, *, adam: float, accelerator: bool) -> _States:
+def _all_divided(plan: ParallelPlan, params: float, *, adam: float, sizes: _Sizes) -> _States:
     """Stage 3: partitions of weights, master copy and fp32 gradients stay, and the bucket with them.
 
-    Gathered weights may stay up to _LIVE values, and as they come they are there twice; a reduce-scatter interleaves a
-    copy of the bucket and divides it into another; the step copies own gradients, _SUB_GROUP values at a time.
+    Gathered weights may stay, and as they come they are there twice; a reduce-scatter interleaves a copy of the bucket
+    and divides it into another; the step copies own gradients, a sub-group at a time.
     """
     size = 2.0 if plan.dtype == "bf16" else 4.0
-    own, in_bucket = params / plan.zero_ranks, min(params, _BUCKET)
-    gathered = size * min(params, _LIVE) if plan.zero_ranks > 1 else 0.0
+    own, in_bucket = params / plan.zero_ranks, sizes.in_bucket
+    gathered = size * min(params, sizes.live) if plan.zero_ranks > 1 else 0.0
     weights, optimizer, gradients = size * own, (_MASTER + _MOMENTS) * own, _FP32 * own
     offloaded = plan.offload != "none"
     return _States(
         weights=0.0 if plan.offload == "all" else weights,
         gradients=0.0 if offloaded else gradients,
         optimizer=0.0 if offloaded else optimizer,
-        forward=gathered + (size * min(params, _PREFETCH) if plan.zero_ranks > 1 else 0.0),
+        forward=gathered + (size * min(params, sizes.prefetch) if plan.zero_ranks > 1 else 0.0),
         backward=gathered + 2 * _FP32 * in_bucket,
-        step=0.0 if offloaded else _FP32 * min(own, _SUB_GROUP) + adam,
-        stays=_FP32 * (_BUCKET if accelerator else in_bucket),
+        step=0.0 if offloaded else _FP32 * min(own, sizes.sub_group) + adam,
+        stays=_FP32 * sizes.bucket,
         gradients_stay=True,
         host=optimizer + 2 * gradients + (weights if plan.offload == "all" else 0.0) if offloaded else 0.0,
-        host_step=2 * _FP32 * min(own, _SUB_GROUP) if offloaded else 0.0,
+        host_step=2 * _FP32 * min(own, sizes.sub_group) if offloaded else 0.0,
     )

@@ -59,8 +59,9 @@ def add_cluster(
 
     Returns:
         `result` and device (name, processes_per_node, peak_flops, memory_bytes, usable_bytes), bytes_per_device (by
-        kind, and total: the most at once), bytes_by_moment, peak_moment, host_bytes_per_device, fits, lacking_bytes,
-        remedy (None: it fits, or nothing helps), time (of the slowest phase's step, and of the run), checkpoint,
+        kind, and total: the most at once), bytes_by_moment, peak_moment, host_bytes_per_device, held_bytes (the most
+        that usable_bytes must hold: on a CPU the host's too, which is the same memory), fits, lacking_bytes, remedy
+        (None: it fits, or nothing helps), time (of the slowest phase's step, and of the run), checkpoint,
         failures. Each phase has its own time.
 
     Raises:
@@ -100,6 +101,7 @@ def add_cluster(
         "bytes_by_moment": memory.moments | {"between_steps": memory.between_steps},
         "peak_moment": memory.peak,
         "host_bytes_per_device": memory.host,
+        "held_bytes": memory.together if device.kind == "cpu" else memory.total,
         "fits": short <= 0,
         "lacking_bytes": max(0.0, short),
         "remedy": None if short <= 0 else remedy(config, model=model, device=device, gpus_per_node=per_node),
@@ -115,13 +117,14 @@ def refuse_what_does_not_fit(result: dict[str, Any]) -> None:
         return
     device, kinds = result["device"], result["bytes_per_device"]
     listed = ", ".join(f"{name} {_size(kinds[name])}" for name in ("weights", "gradients", "optimizer", "buffers"))
+    shared = result["held_bytes"] != kinds["total"]  # on a CPU the host's memory is the device's own
     if result["host_bytes_per_device"]:
-        listed += f"; on the host {_size(result['host_bytes_per_device'])}"
+        listed += f"; {'offloaded and staged' if shared else 'on the host'} {_size(result['host_bytes_per_device'])}"
     where = "a process of this machine" if device["name"] == MEASURED else f"one {device['name']}"
     change = result["remedy"]
     raise ConfigError(
         f"{result['name']} does not fit: at the {result['peak_moment']} moment of a step a device holds "
-        f"{_size(kinds['total'])} ({listed}, activations {_size(kinds['activations'])}, with full checkpointing "
+        f"{_size(result['held_bytes'])} ({listed}, activations {_size(kinds['activations'])}, with full checkpointing "
         f"{_size(kinds['activations_checkpointed'])}); {where} has {_size(device['usable_bytes'])} for it, "
         f"{_size(result['lacking_bytes'])} too little; "
         + (
@@ -263,7 +266,7 @@ def describe_cluster(result: dict[str, Any]) -> list[str]:
         f"                     activations with full checkpointing {_size(kinds['activations_checkpointed'])}"
         + (f"; on the host {_size(host)}" if host else ""),
         "                     at once " + ", ".join(f"{name} {_size(value)}" for name, value in moments.items()),
-        f"                     most {_size(kinds['total'])}: "
+        f"                     most {_size(result['held_bytes'])}: "
         + ("fits" if result["fits"] else f"{_size(result['lacking_bytes'])} too little"),
         f"step                 {time['seconds_per_step']:.4g} s: products {seconds['products']:.3g}, memory passes "
         f"{seconds['traffic']:.3g}, optimizer {seconds['optimizer']:.3g}, waiting for communication "
