@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import logging.handlers
 import os
 import sys
 import threading
@@ -24,6 +26,10 @@ def main() -> None:
         atexit.register(os.abort)  # as Python's own end may
     with leaving(), refusing(), requests.listening():
         if how == "past":
+            sys.stdout = open(1, "w", closefd=False)
+            note = logging.FileHandler(folder / f"log-{rank}")
+            logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=note))
+            logging.getLogger().warning("kept until the end")
             atexit.register((folder / f"registered-{rank}").touch)
             threading.Timer(0.3, (folder / f"thread-{rank}").touch).start()
             print("not yet written", end="")
@@ -36,12 +42,18 @@ def main() -> None:
         if how == "full":
             raise OSError(28, "No space left on device", "runs/x/log.jsonl")
         if how == "abort" and rank == "1":
+            print(*(f"line {number} of a long dump" for number in range(150)), sep="\n", file=sys.stderr)
             os.abort()
+        if how == "lost" and rank == "0":
+            raise ConnectionError("connection closed by peer")
         if (how, rank) in (("crash", "1"), ("abort", "0")):
             raise ZeroDivisionError("one divided by nothing")
         deadline = time.monotonic() + 60
-        while how in ("crash", "late") and not requests.stop and time.monotonic() < deadline:
+        while how in ("crash", "late", "lost") and not requests.stop and time.monotonic() < deadline:
             time.sleep(0.02)
+        if how == "lost":
+            time.sleep(0.3)  # the others have ended
+            raise ZeroDivisionError("one divided by nothing")
         print(f"warning: rank {rank} ends", file=sys.stderr)
         (folder / f"ended-{rank}").write_text(str(requests.stop))
 

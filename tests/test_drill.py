@@ -27,7 +27,7 @@ from sci_gpt.train.run_folder import LOG, read_lines
 from sci_launch import arguments
 from sci_launch.drill import Options, failed, short, table
 from sci_launch.drill_compare import Difference, compare, keys_difference, loss_difference, weight_difference
-from sci_launch.drill_faults import FAULTS, Result, flip_a_bit
+from sci_launch.drill_faults import FAULTS, Bench, Result, flip_a_bit
 from sci_launch.drill_place import find_place
 from sci_launch.drill_run import completed
 from toy_store import toy_config, write_store
@@ -120,7 +120,7 @@ def test_a_killed_rank_another_layout_and_a_flipped_bit_change_nothing(drilled: 
     assert set(killed) == KEYS and (killed["fault"], layout["fault"]) == ("kill-rank", "layout")
     assert killed["passed"] and killed["max_loss_difference"] == killed["max_weight_difference"] == 0.0
     assert killed["keys_differ"] == layout["keys_differ"] == 0
-    assert 0 <= killed["steps_lost"] <= STEPS // 4 and killed["recovery_seconds"] > 0.5
+    assert 0 <= killed["steps_lost"] <= STEPS // 2 and killed["recovery_seconds"] > 0.5
     assert layout["passed"] and layout["steps_lost"] == 0 and layout["max_loss_difference"] <= 1e-5
     assert corrupt["passed"] and corrupt["steps_lost"] == STEPS // 4 and corrupt["max_weight_difference"] == 0.0
     assert "kill-rank: passed" in drilled.said and " s in all" in drilled.said
@@ -135,7 +135,7 @@ def test_the_other_faults_change_nothing_either(drilled: Drilled) -> None:
         assert row["passed"] and set(row) == KEYS, row
         assert row["max_loss_difference"] == row["max_weight_difference"] == row["keys_differ"] == 0, row
     for name in ("kill-all", "hang"):
-        assert rows[name]["steps_lost"] <= STEPS // 4 and rows[name]["recovery_seconds"] > 0.5, rows[name]
+        assert rows[name]["steps_lost"] <= STEPS // 2 and rows[name]["recovery_seconds"] > 0.5, rows[name]
 
 
 def broken(folder: Path, root: Path, file: str, *, more: str) -> Path:
@@ -284,11 +284,20 @@ def test_a_step_is_completed_when_a_rank_has_noted_its_samples(tmp_path: Path) -
     assert completed(tmp_path) == 3
 
 
+@pytest.mark.parametrize(("asynchronous", "at_risk"), [(False, 6), (True, 12)])
+def test_a_kill_may_take_the_steps_of_a_checkpoint_that_is_unfinished(
+    asynchronous: bool, at_risk: int, tmp_path: Path
+) -> None:
+    """The newest one is, where training went on while it was written; the one after waits for it."""
+    config = toy_config(tmp_path / "store", tmp_path / "run", checkpoint={"every": 6, "asynchronous": asynchronous})
+    assert Bench(config=config, patience_seconds=1.0, hang_seconds=1.0).at_risk == at_risk
+
+
 def test_each_limit_fails_a_fault_by_itself() -> None:
     def failures(name: str, *, lost: int = 0, **differs: float) -> list[str]:
         numbers: dict[str, Any] = {"loss": 0.0, "weight": 0.0, "keys": 0} | differs
         result = Result(steps_lost=lost, recovery_seconds=1.0, difference=Difference(**numbers, why=("reason",)))
-        return FAULTS[name].failures(result, every=6)
+        return FAULTS[name].failures(result, at_risk=6)
 
     assert failures("kill-rank", lost=6) == []
     assert failures("kill-rank", lost=7) == ["steps_lost 7 > 6", "reason"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sci_gpt.errors import CheckpointError, DataError
+from sci_gpt.parallel.worker import leaving
 from sci_launch import local
 from sci_launch.local import WorkerFailure, run_workers
 
@@ -56,9 +60,35 @@ def test_a_crash_ends_the_others_and_shows_its_last_lines(tmp_path: Path) -> Non
 def test_ranks_that_fail_together_are_all_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that was killed comes first, and does not hide what the other said: it may have died of its loss."""
     monkeypatch.setattr(local, "_POLL_SECONDS", 3.0)
-    found = r"(?s)rank 1 of 2 was killed by SIGABRT; .*rank 0 of 2 ended with exit code 1; .*one divided by nothing"
+    killed = r"rank 1 of 2 was killed by SIGABRT; .*line 0 of a.*line 149 of a"
+    found = rf"(?s){killed}.*rank 0 of 2 ended with exit code 1; .*one divided by nothing"
     with pytest.raises(WorkerFailure, match=found):
         run(tmp_path, "abort")
+
+
+def test_a_rank_that_fails_after_the_others_lost_it_is_shown_too(tmp_path: Path) -> None:
+    found = (
+        r"(?s)^rank 0 of 2 ended .*closed by peer\nthen rank 1 of 2 ended with exit code 1: .*one divided by nothing$"
+    )
+    with pytest.raises(WorkerFailure, match=found):
+        run(tmp_path, "lost")
+
+
+def test_nothing_comes_after_the_work_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error after the block would end with the block's exit code, 0."""
+    monkeypatch.setattr(atexit, "register", lambda function: None)
+    with pytest.raises(SystemExit) as end, leaving():
+        pass
+    assert end.value.code == 0
+
+
+def test_a_worker_whose_output_cannot_be_written_says_so() -> None:
+    words = ["import sys, atexit, os; atexit.register(os.abort); from sci_gpt.parallel.worker import leaving"]
+    words += ["with leaving(): print('x' * 10)"]
+    with Path("/dev/full").open("w") as full:
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run([sys.executable, "-c", "\n".join(words)], env=buffered, stdout=full, check=False)
+    assert done.returncode == 120
 
 
 def test_a_worker_ends_with_its_code_and_without_pythons_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +97,7 @@ def test_a_worker_ends_with_its_code_and_without_pythons_end(tmp_path: Path, cap
         run(tmp_path, "past")
     for rank in (0, 1):
         assert (tmp_path / f"registered-{rank}").exists() and (tmp_path / f"thread-{rank}").exists()
+        assert (tmp_path / f"log-{rank}").read_text() == "kept until the end\n"
     assert capfd.readouterr().out == "not yet written" * 2
 
 

@@ -51,6 +51,12 @@ class Bench:
         return self.config.checkpoint.every
 
     @property
+    def at_risk(self) -> int:
+        """Steps that a kill may take: those since the newest checkpoint, which may be unfinished where saves are
+        asynchronous (a new one waits for it)."""
+        return self.every * (2 if self.config.checkpoint.asynchronous else 1)
+
+    @property
     def moment(self) -> int:
         """The step that a fault waits for: past the second checkpoint, and not the next one."""
         return 2 * self.every + max(1, self.every // 3)
@@ -80,8 +86,8 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A fault, its limits (losses and weights: relative; at most `lost` checkpoints' steps are done twice), and what
-    it does."""
+    """A fault, its limits (losses and weights: relative; at most `lost` times the steps that are at risk are done
+    twice), and what it does."""
 
     summary: str
     run: Callable[[Bench], Result]
@@ -89,13 +95,13 @@ class Fault:
     weight: float = 0.0
     lost: int = field(default=1)
 
-    def failures(self, result: Result, *, every: int) -> list[str]:
+    def failures(self, result: Result, *, at_risk: int) -> list[str]:
         """What is beyond its limits; empty where the fault passed."""
         limits = {
             "max_loss_difference": (result.difference.loss, self.loss),
             "max_weight_difference": (result.difference.weight, self.weight),
             "keys_differ": (result.difference.keys, 0),
-            "steps_lost": (result.steps_lost, self.lost * every),
+            "steps_lost": (result.steps_lost, self.lost * at_risk),
         }
         beyond = [f"{name} {found:g} > {limit:g}" for name, (found, limit) in limits.items() if not found <= limit]
         return [*result.failures, *beyond, *(result.difference.why if beyond else ())]

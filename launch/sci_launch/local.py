@@ -28,7 +28,7 @@ from sci_launch.allocator import preload
 WORKER = "sci_gpt.recipes.pretrain"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 15.0
-_LAST_LINES = 40
+_LAST_LINES = 200  # a crash below Python shows the stack of every thread
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -149,12 +149,11 @@ class _Worker:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
-    def end(self, size: int) -> str:
-        """How it ended, and the last that it said."""
+    @property
+    def end(self) -> str:
+        """How it ended."""
         code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last = "\n".join(self.lines) or "(it wrote nothing on stderr)"
-        return f"rank {self.rank} of {size} {how}; its last lines:\n{last}"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _failure(failed: Sequence[_Worker], workers: Sequence[_Worker]) -> Exception:
@@ -162,7 +161,17 @@ def _failure(failed: Sequence[_Worker], workers: Sequence[_Worker]) -> Exception
     for worker in (*failed, *workers):
         if worker.refusals:
             return worker.refusals[0]
-    return WorkerFailure("\n".join(worker.end(len(workers)) for worker in failed))
+    size, nothing = len(workers), "(it wrote nothing on stderr)"
+    told = [
+        f"rank {worker.rank} of {size} {worker.end}; its last lines:\n{chr(10).join(worker.lines) or nothing}"
+        for worker in failed
+    ]
+    told += [
+        f"then rank {worker.rank} of {size} {worker.end}: {worker.lines[-1] if worker.lines else nothing}"
+        for worker in _failed(workers)  # one that the others lost may take longer to end than they
+        if worker not in failed and -worker.process.returncode not in (signal.SIGKILL, signal.SIGTERM)  # sent from here
+    ]
+    return WorkerFailure("\n".join(told))
 
 
 def _read(stream: IO[bytes], lines: deque[str], *, refusals: list[SciGptError]) -> None:
@@ -179,7 +188,7 @@ def _read(stream: IO[bytes], lines: deque[str], *, refusals: list[SciGptError]) 
 
 
 def _wait(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Wait for all; returns those that failed by themselves. The others are asked to end, and killed after a grace."""
+    """Wait for all; returns those that failed first. The others are asked to end, and killed after a grace."""
     first: list[_Worker] = []
     deadline = float("inf")
     while any(worker.process.poll() is None for worker in workers):

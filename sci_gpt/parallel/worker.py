@@ -18,6 +18,7 @@ from sci_gpt.errors import CheckpointError, SciGptError
 RENDEZVOUS_VARIABLE = "SCI_GPT_RENDEZVOUS"
 # The launcher's process id: a worker whose launcher is gone must not train on unseen.
 PARENT_VARIABLE = "SCI_GPT_PARENT"
+_NOT_WRITTEN = 120  # Python's own exit code where the last of the output could not be written
 REFUSED = 2  # exit code of a worker that refused to go on, for a reason that a person can mend
 
 _PREFIX = "sci-gpt refusal: "
@@ -31,20 +32,30 @@ def leaving() -> Iterator[None]:
     While Python ends, a thread of gloo that gives a tensor back to it is ended on the spot, which aborts the process
     ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489). It was seen on a
     busy machine, after all work was done. DeepSpeed at ZeRO 3 holds its groups, and so those threads, to the last.
-    Threads that are not daemons are waited for, and what registers with `atexit` inside the block is done before.
+    Threads that are not daemons are waited for, and what registers with `atexit` inside the block is done before; what
+    was registered earlier is not, but for logging.
+
+    Raises:
+        SystemExit: always, so that nothing comes after the block: with code 0, or that of a SystemExit in it.
     """
     code = 1
 
     def leave() -> None:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        nonlocal code
+        try:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except (OSError, ValueError):
+            code = code or _NOT_WRITTEN
+        finally:
+            os._exit(code)
 
     atexit.register(leave)
     try:
         yield
-        code = 0
+        raise SystemExit(0)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
