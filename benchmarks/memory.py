@@ -103,7 +103,7 @@ def _model(case: Case) -> SciGPT:
 
 def predicted(case: Case) -> DeviceMemory:
     """What `sci-gpt plan` says of it."""
-    return device_memory(
+    found = device_memory(
         case.shape,
         case.plan,
         num_params=params_on_device(_model(case), tensor_parallel=case.tensor_parallel),
@@ -112,6 +112,7 @@ def predicted(case: Case) -> DeviceMemory:
         accelerator=False,
         staged=case.staged,
     )
+    return found.with_host()
 
 
 def rss() -> int:
@@ -218,8 +219,7 @@ def main(arguments: list[str]) -> int:
         if parsed.size not in (None, case.size):
             continue
         ours, theirs = predicted(case), measured(case)
-        left = ours.between_steps + ours.host_between_steps
-        pairs = ((ours.together, theirs["peak"]), (left, theirs["after"]))
+        pairs = ((ours.total, theirs["peak"]), (ours.between_steps, theirs["after"]))
         errors = [mine / real - 1 for mine, real in pairs]
         worst = max([worst, *map(abs, errors)])
         count = _model(case).num_parameters

@@ -27,7 +27,7 @@ from sci_gpt.train.run_folder import LOG, read_lines
 from sci_launch import arguments
 from sci_launch.drill import Options, failed, short, table
 from sci_launch.drill_compare import Difference, compare, keys_difference, loss_difference, weight_difference
-from sci_launch.drill_faults import FAULTS, Bench, Result, flip_a_bit
+from sci_launch.drill_faults import FAULTS, Result, flip_a_bit, passed_over
 from sci_launch.drill_place import find_place
 from sci_launch.drill_run import completed
 from toy_store import toy_config, write_store
@@ -284,23 +284,22 @@ def test_a_step_is_completed_when_a_rank_has_noted_its_samples(tmp_path: Path) -
     assert completed(tmp_path) == 3
 
 
-@pytest.mark.parametrize(("asynchronous", "at_risk"), [(False, 6), (True, 12)])
-def test_a_kill_may_take_the_steps_of_a_checkpoint_that_is_unfinished(
-    asynchronous: bool, at_risk: int, tmp_path: Path
-) -> None:
-    """The newest one is, where training went on while it was written; the one after waits for it."""
-    config = toy_config(tmp_path / "store", tmp_path / "run", checkpoint={"every": 6, "asynchronous": asynchronous})
-    assert Bench(config=config, patience_seconds=1.0, hang_seconds=1.0).at_risk == at_risk
+def test_a_good_checkpoint_that_is_passed_over_is_said() -> None:
+    assert passed_over(12, origin=12) == () == passed_over(12, origin=6, intact=False)
+    assert passed_over(12, origin=6) == ("it went on from step 6, and passed over the checkpoint of step 12",)
 
 
 def test_each_limit_fails_a_fault_by_itself() -> None:
-    def failures(name: str, *, lost: int = 0, **differs: float) -> list[str]:
+    def failures(name: str, *, lost: int = 0, asynchronous: bool = False, **differs: float) -> list[str]:
         numbers: dict[str, Any] = {"loss": 0.0, "weight": 0.0, "keys": 0} | differs
         result = Result(steps_lost=lost, recovery_seconds=1.0, difference=Difference(**numbers, why=("reason",)))
-        return FAULTS[name].failures(result, at_risk=6)
+        return FAULTS[name].failures(result, every=6, asynchronous=asynchronous)
 
     assert failures("kill-rank", lost=6) == []
     assert failures("kill-rank", lost=7) == ["steps_lost 7 > 6", "reason"]
+    assert failures("kill-rank", lost=12, asynchronous=True) == [] == failures("corrupt", lost=6, asynchronous=True)
+    assert failures("kill-all", lost=13, asynchronous=True) == ["steps_lost 13 > 12", "reason"]
+    assert failures("corrupt", lost=7, asynchronous=True) == ["steps_lost 7 > 6", "reason"]
     assert failures("sigterm", lost=1) == ["steps_lost 1 > 0", "reason"]
     assert failures("kill-all", loss=1e-9) == ["max_loss_difference 1e-09 > 0", "reason"]
     assert failures("kill-all", weight=float("nan")) == ["max_weight_difference nan > 0", "reason"]

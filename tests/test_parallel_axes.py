@@ -268,6 +268,16 @@ def test_a_setting_that_the_plan_owns_is_refused(extra: dict[str, Any], named: s
         ParallelPlan(data_parallel=2, extra_deepspeed=extra)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("reduce_bucket_size", "auto"), ("reduce_bucket_size", 0), ("sub_group_size", -1)]
+)
+def test_a_size_of_a_buffer_that_is_none_is_refused(name: str, size: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"zero_optimization.{name} is a number of values, at least [01], got {size!r}"
+    ):
+        ParallelPlan(data_parallel=2, extra_deepspeed={"zero_optimization": {name: size}})
+
+
 def test_other_settings_are_passed_on_at_their_place() -> None:
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     config = ParallelPlan(data_parallel=2, zero_stage=2, extra_deepspeed=extra).deepspeed_config(clip=1.0)

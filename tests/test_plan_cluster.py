@@ -92,7 +92,12 @@ def test_bytes_a_parameter_with_offload(
     found = device_memory(SHAPES["30M"], layout, num_params=P, num_tokens=1, accelerator=False)
     seen = (found.moments["backward"], found.moments["step"], found.between_steps, found.host_between_steps, found.host)
     assert [value / P for value in seen] == pytest.approx([backward, step, between, host, host + 4])
-    assert found.together == max(found.total + found.host_between_steps, found.moments["step"] + found.host)
+    both = found.with_host()
+    assert both.between_steps / P == pytest.approx(between + host)
+    assert {name: value / P for name, value in both.moments.items() if name != "forward"} == pytest.approx(
+        {"backward": backward + host, "step": step + host + 4}
+    )
+    assert both.peak == max(both.moments, key=lambda moment: both.moments[moment])
 
 
 def test_at_zero_1_all_gradients_wait_for_the_end_of_the_backward_pass() -> None:
@@ -221,6 +226,21 @@ def test_an_asynchronous_save_takes_memory_of_the_host(store: Path, tmp_path: Pa
     assert with_copy.moments == without.moments
     small_host = replace(DEVICES["b200"], host_memory=1e9)
     assert remedy(config, model=model, device=small_host, gpus_per_node=8) == "--set checkpoint.asynchronous=false"
+
+
+def test_a_host_that_is_too_small_is_what_the_refusal_names(store: Path, tmp_path: Path) -> None:
+    """70 B on 8 GPUs at ZeRO 3 with offload: the GPUs have room, their 250 GB of the host are too few."""
+    layout: dict[str, Any] = {"activation_checkpointing": "full", "zero_stage": 3, "offload": "optimizer"}
+    found = plan(
+        big(store, tmp_path / "run", size="70B", rows=8, **layout), cluster=Cluster(gpu="h100", gpus_per_node=8)
+    )
+    assert found["host_lacks"] and found["bytes_per_device"]["total"] < found["device"]["usable_bytes"]
+    assert found["lacking_bytes"] == pytest.approx(found["host_bytes_per_device"] - 250e9)
+    with pytest.raises(
+        ConfigError, match=r"the host must hold 2\d\d\.\d GB .*; one h100 has 250\.0 GB of it, \d+\.\d GB too"
+    ):
+        refuse_what_does_not_fit(found)
+    assert "GB too little of the host's 250.0 GB" in describe(found)
 
 
 def test_more_nodes_are_named_where_nothing_else_fits(store: Path, tmp_path: Path) -> None:

@@ -294,6 +294,10 @@ def test_zero_3_hides_its_communication_and_zero_1_does_not() -> None:
     hiding = ParallelPlan(data_parallel=8, zero_stage=1, extra_deepspeed=extra)
     found = step_time(load, hiding, device=DEVICES["h100"], gpus_per_node=8)
     assert found.exposed == pytest.approx(one.zero / 3)
+    for layout in ({"zero_stage": 0}, {"zero_stage": 1, "dtype": "bf16"}):  # these sum when the pass has ended
+        waits = ParallelPlan(data_parallel=8, extra_deepspeed=extra, **layout)
+        found = step_time(load, waits, device=DEVICES["h100"], gpus_per_node=8)
+        assert found.exposed == pytest.approx(found.zero) and found.zero > 0
     tensor = ParallelPlan(data_parallel=4, tensor_parallel=2, zero_stage=3)
     found = step_time(_load(flops=1e18, tokens=4096), tensor, device=DEVICES["h100"], gpus_per_node=8)
     assert found.exposed == pytest.approx(found.tensor) and found.tensor > 0

@@ -347,8 +347,9 @@ a fault is passed when, against the straight run,
   losses of all steps and final weights   bit-equal; after layout losses within 1e-5, weights within 1e-4 of the largest
                                           of their tensor (Adam makes rounding of small gradients larger)
   samples of every step                   none missing, repeated or extra (keys_differ 0)
-  steps done twice (steps_lost)           at most checkpoint.every, twice that where saves are asynchronous (the newest
-                                          may be unfinished); none after sigterm, layout, non-finite, tracking
+  steps done twice (steps_lost)           those since the newest checkpoint, at most checkpoint.every; twice that after
+                                          kill-rank, kill-all and hang where saves are asynchronous (the newest may be
+                                          unfinished); none after sigterm, layout, non-finite, tracking
 and what belongs to it happened: sigterm leaves the marker `requeue`; kill-rank is said; corrupt goes on from the
 checkpoint before, and says so; hang is ended without help, and its report names the stopped rank; non-finite skips one
 step, names its rows and leaves the weights alone; tracking loses no metric.

@@ -153,7 +153,7 @@ def _row(name: str, bench: Bench) -> dict[str, Any]:
     except (DrillError, SciGptError) as error:
         row["why"] = "; ".join([str(error), *Start.end_all()])
     else:
-        failures = fault.failures(result, at_risk=bench.at_risk)
+        failures = fault.failures(result, every=bench.every, asynchronous=bench.config.checkpoint.asynchronous)
         difference = result.difference
         numbers = (result.steps_lost, round(result.recovery_seconds, 2), difference.loss, difference.weight)
         row |= dict(zip(_COLUMNS, (*numbers, difference.keys), strict=True))

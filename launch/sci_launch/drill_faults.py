@@ -51,12 +51,6 @@ class Bench:
         return self.config.checkpoint.every
 
     @property
-    def at_risk(self) -> int:
-        """Steps that a kill may take: those since the newest checkpoint, which may be unfinished where saves are
-        asynchronous (a new one waits for it)."""
-        return self.every * (2 if self.config.checkpoint.asynchronous else 1)
-
-    @property
     def moment(self) -> int:
         """The step that a fault waits for: past the second checkpoint, and not the next one."""
         return 2 * self.every + max(1, self.every // 3)
@@ -86,28 +80,37 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A fault, its limits (losses and weights: relative; at most `lost` times the steps that are at risk are done
-    twice), and what it does."""
+    """A fault, its limits, and what it does. Losses and weights: relative. At most the steps of `lost` checkpoints are
+    done twice, of one more where the newest may be `unfinished`, as saves are asynchronous."""
 
     summary: str
     run: Callable[[Bench], Result]
     loss: float = 0.0
     weight: float = 0.0
-    lost: int = field(default=1)
+    lost: int = 0
+    unfinished: bool = False
 
-    def failures(self, result: Result, *, at_risk: int) -> list[str]:
+    def failures(self, result: Result, *, every: int, asynchronous: bool) -> list[str]:
         """What is beyond its limits; empty where the fault passed."""
         limits = {
             "max_loss_difference": (result.difference.loss, self.loss),
             "max_weight_difference": (result.difference.weight, self.weight),
             "keys_differ": (result.difference.keys, 0),
-            "steps_lost": (result.steps_lost, self.lost * at_risk),
+            "steps_lost": (result.steps_lost, every * (self.lost + (self.unfinished and asynchronous))),
         }
         beyond = [f"{name} {found:g} > {limit:g}" for name, (found, limit) in limits.items() if not found <= limit]
         return [*result.failures, *beyond, *(result.difference.why if beyond else ())]
 
 
-def go_on(bench: Bench, config: PretrainConfig, *, at: float, done: int, failures: tuple[str, ...] = ()) -> Result:
+def go_on(
+    bench: Bench,
+    config: PretrainConfig,
+    *,
+    at: float,
+    done: int,
+    failures: tuple[str, ...] = (),
+    intact: bool = True,
+) -> Result:
     """The same command again, to the end, and the comparison with the straight run.
 
     Args:
@@ -116,12 +119,14 @@ def go_on(bench: Bench, config: PretrainConfig, *, at: float, done: int, failure
         at: when it did (monotonic seconds).
         done: steps that were completed then.
         failures: what went wrong before.
+        intact: the newest checkpoint can be read, and must be the one from which the run goes on.
 
     Raises:
         DrillError: the run did not go on from a checkpoint, or not to the end.
     """
     if done >= bench.steps:
         raise DrillError(f"all {done} steps were done before the fault came: give more --steps")
+    newest = max((step_of(path) or 0 for path in committed(config.output)), default=0)
     start = bench.start(config)
     began = start.wait_for_new_step(done)
     start.wait(code=0)
@@ -132,8 +137,15 @@ def go_on(bench: Bench, config: PretrainConfig, *, at: float, done: int, failure
         steps_lost=done - origin,
         recovery_seconds=began - at,
         difference=compare(bench.config.output, config.output),
-        failures=failures,
+        failures=(*failures, *passed_over(newest, origin=origin, intact=intact)),
     )
+
+
+def passed_over(newest: int, *, origin: int, intact: bool = True) -> tuple[str, ...]:
+    """What is wrong where a run went on from another checkpoint than the newest that is there and intact."""
+    if origin == newest or not intact:
+        return ()
+    return (f"it went on from step {origin}, and passed over the checkpoint of step {newest}",)
 
 
 def sigterm(bench: Bench) -> Result:
@@ -201,7 +213,7 @@ def corrupt(bench: Bench) -> Result:
     config, newest = bench.variant("corrupt"), 3 * bench.every
     cut_copy(bench.config.output, config.output, step=newest)
     flip_a_bit(step_folder(config.output, newest) / "rank-00000.safetensors")
-    result = go_on(bench, config, at=time.monotonic(), done=newest)
+    result = go_on(bench, config, at=time.monotonic(), done=newest, intact=False)
     origin = newest - result.steps_lost
     failures = [] if origin == 2 * bench.every else [f"it went on from step {origin}, not from {2 * bench.every}"]
     starts = sorted(config.output.parent.glob("corrupt-start-*.txt"))
@@ -351,14 +363,14 @@ def _applied(run: Path) -> bool:
 
 
 FAULTS: dict[str, Fault] = {
-    "sigterm": Fault(summary="SIGTERM to the launcher", run=sigterm, lost=0),
-    "kill-rank": Fault(summary="SIGKILL of one rank", run=kill_rank),
-    "kill-all": Fault(summary="SIGKILL of the launcher and all ranks", run=kill_all),
+    "sigterm": Fault(summary="SIGTERM to the launcher", run=sigterm),
+    "kill-rank": Fault(summary="SIGKILL of one rank", run=kill_rank, lost=1, unfinished=True),
+    "kill-all": Fault(summary="SIGKILL of the launcher and all ranks", run=kill_all, lost=1, unfinished=True),
     "layout": Fault(
-        summary="resume with other processes, ZeRO stage and accumulation", run=layout, loss=1e-5, weight=1e-4, lost=0
+        summary="resume with other processes, ZeRO stage and accumulation", run=layout, loss=1e-5, weight=1e-4
     ),
-    "corrupt": Fault(summary="one bit of the newest checkpoint is flipped", run=corrupt),
-    "hang": Fault(summary="SIGSTOP of one rank", run=hang),
-    "non-finite": Fault(summary="a sample of infinities", run=non_finite, lost=0),
-    "tracking": Fault(summary="the tracking server is gone and comes back", run=tracking, lost=0),
+    "corrupt": Fault(summary="one bit of the newest checkpoint is flipped", run=corrupt, lost=1),
+    "hang": Fault(summary="SIGSTOP of one rank", run=hang, lost=1, unfinished=True),
+    "non-finite": Fault(summary="a sample of infinities", run=non_finite),
+    "tracking": Fault(summary="the tracking server is gone and comes back", run=tracking),
 }

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -21,15 +21,16 @@ from sci_gpt.config import PretrainConfig
 from sci_gpt.config_file import show_config
 from sci_gpt.data.store import Store
 from sci_gpt.errors import SciGptError
-from sci_gpt.parallel.worker import PARENT_VARIABLE, RENDEZVOUS_VARIABLE, read_refusal
+from sci_gpt.parallel.worker import PARENT_VARIABLE, PASSED_ON, RENDEZVOUS_VARIABLE, read_refusal
 from sci_gpt.train.run_folder import read_complete
 from sci_launch.allocator import preload
 
 WORKER = "sci_gpt.recipes.pretrain"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 15.0
-_LAST_LINES = 200  # a crash below Python shows the stack of every thread
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_LAST_LINES, _OF_OTHERS = 200, 40  # a crash below Python shows the stack of every thread
+_NOTHING = "(it wrote nothing on stderr)"
+_CRASHED = ("terminate called", "what():", "Fatal Python error")
 
 
 class WorkerFailure(RuntimeError):
@@ -95,12 +96,12 @@ def run_workers(module: Sequence[str], *, processes: int, threads: int, meeting_
     """
     workers: list[_Worker] = []
     with _passing_on(workers):
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         for rank in range(processes):
             workers.append(
                 _Worker.start(module, rank=rank, size=processes, threads=threads, meeting_place=meeting_place)
             )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         failed = _wait(workers)
         for worker in workers:
             worker.reader.join()
@@ -117,6 +118,7 @@ class _Worker:
     reader: threading.Thread
     lines: deque[str]
     refusals: list[SciGptError]
+    sent: set[int] = field(default_factory=set)
 
     @classmethod
     def start(cls, module: Sequence[str], *, rank: int, size: int, threads: int, meeting_place: Path) -> _Worker:
@@ -147,6 +149,7 @@ class _Worker:
     def send(self, number: int) -> None:
         """Send a signal where the process still runs."""
         if self.process.poll() is None:
+            self.sent.add(number)
             self.process.send_signal(number)
 
     @property
@@ -155,22 +158,26 @@ class _Worker:
         code = self.process.returncode
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    @property
+    def reason(self) -> str:
+        """In one line: what a crash below Python says, else the last line."""
+        crash = [line.strip() for line in self.lines if line.strip().startswith(_CRASHED)]
+        return "; ".join(crash or [*self.lines][-1:]) or _NOTHING
+
 
 def _failure(failed: Sequence[_Worker], workers: Sequence[_Worker]) -> Exception:
     """What the end of these workers means for the caller; a refusal of any rank says more than the end of another."""
     for worker in (*failed, *workers):
         if worker.refusals:
             return worker.refusals[0]
-    size, nothing = len(workers), "(it wrote nothing on stderr)"
-    told = [
-        f"rank {worker.rank} of {size} {worker.end}; its last lines:\n{chr(10).join(worker.lines) or nothing}"
-        for worker in failed
-    ]
-    told += [
-        f"then rank {worker.rank} of {size} {worker.end}: {worker.lines[-1] if worker.lines else nothing}"
-        for worker in _failed(workers)  # one that the others lost may take longer to end than they
-        if worker not in failed and -worker.process.returncode not in (signal.SIGKILL, signal.SIGTERM)  # sent from here
-    ]
+    size, told = len(workers), list[str]()
+    for worker in failed:
+        lines = [*worker.lines][-(_OF_OTHERS if told else _LAST_LINES) :]
+        told.append("\n".join([f"rank {worker.rank} of {size} {worker.end}; its last lines:", *(lines or [_NOTHING])]))
+    for worker in _failed(workers):
+        # One that the others lost may take longer to end than they.
+        if worker.rank not in {one.rank for one in failed} and -worker.process.returncode not in worker.sent:
+            told.append(f"then rank {worker.rank} of {size} {worker.end}: {worker.reason}")
     return WorkerFailure("\n".join(told))
 
 
@@ -223,7 +230,7 @@ def _passing_on(workers: list[_Worker]) -> Iterator[None]:
             for worker in workers:
                 worker.send(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sci_gpt.model.checkpointing import Checkpointing
 from sci_gpt.model.shapes import ModelShape
@@ -46,11 +46,11 @@ class DeviceMemory:
         """The most that is there at once; the kinds have their peaks at different moments and sum to more."""
         return max(self.moments.values())
 
-    @property
-    def together(self) -> float:
-        """The most of both at once, which counts where the host's memory is the device's own (a CPU)."""
-        in_step = self.host - self.host_between_steps
-        return self.host_between_steps + max(self.total, self.moments["step"] + in_step)
+    def with_host(self) -> DeviceMemory:
+        """The same where the host's memory is the device's own (a CPU): every moment has what is on the host then."""
+        moments = {name: value + self.host_between_steps for name, value in self.moments.items()}
+        moments["step"] += self.host - self.host_between_steps
+        return replace(self, moments=moments, between_steps=self.between_steps + self.host_between_steps)
 
     @property
     def peak(self) -> str:

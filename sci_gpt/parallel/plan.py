@@ -14,6 +14,8 @@ from sci_gpt.model.shapes import ModelShape
 Dtype = Literal["fp32", "bf16"]
 Offload = Literal["none", "optimizer", "all"]
 
+# DeepSpeed's buffers, in values: what `device_memory` heeds of them.
+_SIZES = ("reduce_bucket_size", "sub_group_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 # What of DeepSpeed's settings decides what a run computes: the plan, the optimizer and the trainer own it.
 _OWNED = (
     "train_batch_size",
@@ -117,6 +119,17 @@ class ParallelPlan:
                 "parallel.zero_stage to 3, or parallel.offload to optimizer"
             )
         self.deepspeed_config(clip=1.0)  # refuses extra settings
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """DeepSpeed's buffers; the memory that a plan foresees depends on them."""
+        said = self.extra_deepspeed.get("zero_optimization", {})
+        for name in _SIZES:
+            size, least = said.get(name, 1), int(name == "reduce_bucket_size")
+            if isinstance(size, bool) or not isinstance(size, int | float) or not least <= size < float("inf"):
+                raise ConfigError(
+                    f"extra_deepspeed.zero_optimization.{name} is a number of values, at least {least}, got {size!r}"
+                )
 
     def _check_undivided(self) -> None:
         if self.dtype == "bf16":

@@ -78,8 +78,8 @@ def step_time(
     after the other. A group whose processes are neighbours on a node talks over the node's links; one that spans nodes
     over the network, where its members on a node share the node's adapters (a ring enters and leaves a node once).
     Rings move 2 (k - 1) / k of the bytes for an all-reduce over k, half of it for a gather or a scatter. Overlap is
-    DeepSpeed's default: at ZeRO 3 with both passes, at stages 0 to 2 none unless `overlap_comm` is set, then with the
-    backward pass. Tensor and sequence axes always wait.
+    DeepSpeed's: at ZeRO 3 with both passes, at stages 1 and 2 with the backward pass where `overlap_comm` is set, but
+    not in bf16 at stage 1, which sums after the pass (with offload it does not). Tensor and sequence axes wait.
     """
     products = (load.divided_flops / plan.world_size + load.whole_flops / plan.data_parallel) / (
         device.peak[plan.dtype] * device.attainable
@@ -94,7 +94,7 @@ def step_time(
     hidden = 0.0
     if plan.zero_stage == 3:
         hidden = min(seconds["zero"], computing)
-    elif plan.extra_deepspeed.get("zero_optimization", {}).get("overlap_comm"):
+    elif _overlaps(plan):
         hidden = min(seconds["zero"] * _reduced_share(plan), computing * 2 / 3)
     return StepTime(
         products=products,
@@ -198,9 +198,12 @@ def _host(load: Load, plan: ParallelPlan, *, device: Device) -> tuple[float, flo
     return moved / (device.host_link * device.attainable_bandwidth), _ADAM_BYTES * own / 25e9
 
 
+def _overlaps(plan: ParallelPlan) -> bool:
+    after_the_pass = plan.zero_stage == 0 or (plan.zero_stage, plan.dtype, plan.offload) == (1, "bf16", "none")
+    return bool(plan.extra_deepspeed.get("zero_optimization", {}).get("overlap_comm")) and not after_the_pass
+
+
 def _reduced_share(plan: ParallelPlan) -> float:
-    """Of ZeRO's bytes at stages 0 to 2, what is gradients in the backward pass."""
-    if plan.zero_stage == 0:
-        return 1.0
+    """Of ZeRO's bytes at stages 1 and 2, what is gradients in the backward pass."""
     gradients = 2 * _FP32 * (plan.accumulation if plan.zero_stage == 2 else 1)
     return gradients / (gradients + _weight_bytes(plan))

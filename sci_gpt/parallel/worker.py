@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from sci_gpt.errors import CheckpointError, SciGptError
 RENDEZVOUS_VARIABLE = "SCI_GPT_RENDEZVOUS"
 # The launcher's process id: a worker whose launcher is gone must not train on unseen.
 PARENT_VARIABLE = "SCI_GPT_PARENT"
+# What a launcher passes on to its workers: stop (the first three), save.
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _NOT_WRITTEN = 120  # Python's own exit code where the last of the output could not be written
 REFUSED = 2  # exit code of a worker that refused to go on, for a reason that a person can mend
 
@@ -33,7 +36,7 @@ def leaving() -> Iterator[None]:
     ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489). It was seen on a
     busy machine, after all work was done. DeepSpeed at ZeRO 3 holds its groups, and so those threads, to the last.
     Threads that are not daemons are waited for, and what registers with `atexit` inside the block is done before; what
-    was registered earlier is not, but for logging.
+    was registered earlier is not, but for logging. A request to stop that comes after the block is too late: ignored.
 
     Raises:
         SystemExit: always, so that nothing comes after the block: with code 0, or that of a SystemExit in it.
@@ -59,6 +62,9 @@ def leaving() -> Iterator[None]:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
+    finally:
+        for number in PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

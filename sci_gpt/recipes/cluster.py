@@ -14,7 +14,7 @@ from sci_gpt.parallel.failures import daly, losses, young
 from sci_gpt.parallel.memory import activation_bytes
 from sci_gpt.parallel.roofline import Load, step_time
 from sci_gpt.recipes import parts
-from sci_gpt.recipes.remedies import lacking, memory_of, params_on_device, remedy
+from sci_gpt.recipes.remedies import lacking, lacking_on_host, memory_of, params_on_device, remedy
 
 _OF_THE_TRUNK = ("trunk", "attention")
 
@@ -59,9 +59,9 @@ def add_cluster(
 
     Returns:
         `result` and device (name, processes_per_node, peak_flops, memory_bytes, usable_bytes), bytes_per_device (by
-        kind, and total: the most at once), bytes_by_moment, peak_moment, host_bytes_per_device, held_bytes (the most
-        that usable_bytes must hold: on a CPU the host's too, which is the same memory), fits, lacking_bytes, remedy
-        (None: it fits, or nothing helps), time (of the slowest phase's step, and of the run), checkpoint,
+        kind, and total: the most at once), bytes_by_moment, peak_moment, host_bytes_per_device (on a CPU they are in
+        total and moments, too), fits, lacking_bytes (of the device, or of its host: host_lacks), remedy (None: it fits,
+        or nothing helps), time (of the slowest phase's step, and of the run), checkpoint,
         failures. Each phase has its own time.
 
     Raises:
@@ -96,14 +96,15 @@ def add_cluster(
             "attainable": device.attainable,
             "memory_bytes": device.memory,
             "usable_bytes": device.memory - device.reserved,
+            "host_memory_bytes": device.host_memory,
         },
         "bytes_per_device": _by_kind(memory),
         "bytes_by_moment": memory.moments | {"between_steps": memory.between_steps},
         "peak_moment": memory.peak,
         "host_bytes_per_device": memory.host,
-        "held_bytes": memory.together if device.kind == "cpu" else memory.total,
         "fits": short <= 0,
         "lacking_bytes": max(0.0, short),
+        "host_lacks": 0 < short == lacking_on_host(memory, device=device),
         "remedy": None if short <= 0 else remedy(config, model=model, device=device, gpus_per_node=per_node),
         "time": time,
         "checkpoint": checkpoint,
@@ -112,21 +113,28 @@ def add_cluster(
 
 
 def refuse_what_does_not_fit(result: dict[str, Any]) -> None:
-    """Raises ConfigError where a device's memory is too small: by how much, and what fits."""
+    """Raises ConfigError where a device's memory, or its host's, is too small: by how much, and what fits."""
     if result["fits"]:
         return
-    device, kinds = result["device"], result["bytes_per_device"]
-    listed = ", ".join(f"{name} {_size(kinds[name])}" for name in ("weights", "gradients", "optimizer", "buffers"))
-    shared = result["held_bytes"] != kinds["total"]  # on a CPU the host's memory is the device's own
-    if result["host_bytes_per_device"]:
-        listed += f"; {'offloaded and staged' if shared else 'on the host'} {_size(result['host_bytes_per_device'])}"
-    where = "a process of this machine" if device["name"] == MEASURED else f"one {device['name']}"
-    change = result["remedy"]
+    device, kinds, change = result["device"], result["bytes_per_device"], result["remedy"]
+    on_host = _size(result["host_bytes_per_device"])
+    if result["host_lacks"]:
+        said = (
+            f"the host must hold {on_host} for each device (states that are offloaded, and the copy that an "
+            f"asynchronous save writes); one {device['name']} has {_size(device['host_memory_bytes'])} of it"
+        )
+    else:
+        listed = ", ".join(f"{name} {_size(kinds[name])}" for name in ("weights", "gradients", "optimizer", "buffers"))
+        if result["host_bytes_per_device"]:
+            listed += f"; {'offloaded and staged' if device['name'] == MEASURED else 'on the host'} {on_host}"
+        where = "a process of this machine" if device["name"] == MEASURED else f"one {device['name']}"
+        said = (
+            f"at the {result['peak_moment']} moment of a step a device holds {_size(kinds['total'])} ({listed}, "
+            f"activations {_size(kinds['activations'])}, with full checkpointing "
+            f"{_size(kinds['activations_checkpointed'])}); {where} has {_size(device['usable_bytes'])} for it"
+        )
     raise ConfigError(
-        f"{result['name']} does not fit: at the {result['peak_moment']} moment of a step a device holds "
-        f"{_size(result['held_bytes'])} ({listed}, activations {_size(kinds['activations'])}, with full checkpointing "
-        f"{_size(kinds['activations_checkpointed'])}); {where} has {_size(device['usable_bytes'])} for it, "
-        f"{_size(result['lacking_bytes'])} too little; "
+        f"{result['name']} does not fit: {said}, {_size(result['lacking_bytes'])} too little; "
         + (
             f"what fits: {change}"
             if change
@@ -266,8 +274,9 @@ def describe_cluster(result: dict[str, Any]) -> list[str]:
         f"                     activations with full checkpointing {_size(kinds['activations_checkpointed'])}"
         + (f"; on the host {_size(host)}" if host else ""),
         "                     at once " + ", ".join(f"{name} {_size(value)}" for name, value in moments.items()),
-        f"                     most {_size(result['held_bytes'])}: "
-        + ("fits" if result["fits"] else f"{_size(result['lacking_bytes'])} too little"),
+        f"                     most {_size(kinds['total'])}: "
+        + ("fits" if result["fits"] else f"{_size(result['lacking_bytes'])} too little")
+        + (f" of the host's {_size(device['host_memory_bytes'])}" if result["host_lacks"] else ""),
         f"step                 {time['seconds_per_step']:.4g} s: products {seconds['products']:.3g}, memory passes "
         f"{seconds['traffic']:.3g}, optimizer {seconds['optimizer']:.3g}, waiting for communication "
         f"{seconds['exposed']:.3g} (of ZeRO {seconds['zero']:.3g}, tensor {seconds['tensor']:.3g}, sequence "

@@ -29,10 +29,10 @@ def params_on_device(model: SciGPT, *, tensor_parallel: int) -> int:
 
 
 def memory_of(config: PretrainConfig, *, model: SciGPT, accelerator: bool) -> DeviceMemory:
-    """Of the phase whose micro-batches are the largest."""
+    """Of the phase whose micro-batches are the largest; on a CPU with the host's, which is the same memory."""
     layout = parts.parallel_plan(config)
     tokens = max(layout.micro_batch_rows(phase.rows_per_step) * phase.row_length for phase in config.phases)
-    return device_memory(
+    found = device_memory(
         model.shape,
         layout,
         num_params=params_on_device(model, tensor_parallel=layout.tensor_parallel),
@@ -41,14 +41,17 @@ def memory_of(config: PretrainConfig, *, model: SciGPT, accelerator: bool) -> De
         accelerator=accelerator,
         staged=config.checkpoint.asynchronous,
     )
+    return found if accelerator else found.with_host()
 
 
 def lacking(memory: DeviceMemory, *, device: Device) -> float:
-    """Bytes that a device, or its host, has too few; 0 or less: it fits. A CPU is its own host."""
-    usable = device.memory - device.reserved
-    if device.kind == "cpu":
-        return memory.together - usable
-    return max(memory.total - usable, memory.host - device.host_memory)
+    """Bytes that a device, or its host, has too few; 0 or less: it fits."""
+    return max(memory.total - (device.memory - device.reserved), lacking_on_host(memory, device=device))
+
+
+def lacking_on_host(memory: DeviceMemory, *, device: Device) -> float:
+    """Bytes that the host has too few for one device; a CPU is its own host."""
+    return memory.host - device.host_memory if device.kind == "gpu" else 0.0
 
 
 def remedy(config: PretrainConfig, *, model: SciGPT, device: Device, gpus_per_node: int) -> str | None:
