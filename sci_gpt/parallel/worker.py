@@ -33,10 +33,10 @@ def leaving() -> Iterator[None]:
     """Around a worker's whole work: the process then ends with its exit code, and without the end of Python itself.
 
     While Python ends, a thread of gloo that gives a tensor back to it is ended on the spot, which aborts the process
-    ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489). It was seen on a
-    busy machine, after all work was done. DeepSpeed at ZeRO 3 holds its groups, and so those threads, to the last.
-    Threads that are not daemons are waited for, and what registers with `atexit` inside the block is done before; what
-    was registered earlier is not, but for logging. A request to stop that comes after the block is too late: ignored.
+    ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489). DeepSpeed at
+    ZeRO 3 holds its groups, and so those threads, to the last. Threads that are not daemons are waited for, and what
+    registers with `atexit` inside the block is done before; what was registered earlier is not, but for logging. A
+    request to stop that comes after the block is too late: ignored.
 
     Raises:
         SystemExit: always, so that nothing comes after the block: with code 0, or that of a SystemExit in it.
